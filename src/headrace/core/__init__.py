@@ -1,0 +1,1 @@
+"""The words and the clock: values, contracts and time that every other room shares. Standard library only."""

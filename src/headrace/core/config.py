@@ -1,0 +1,218 @@
+"""Frozen settings per room, read once: flags over environment over TOML over defaults. The only reader of the
+environment and the only user of argparse besides `cli`.
+
+A setting is a dataclass field with `setting(default, "help")`. From it come the flag (`--kv-memory`), the environment
+variable (`HEADRACE_KV_MEMORY`) and the TOML key (`[device] kv_memory`), each parsed by the field's type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, NewType, TypeVar, get_args, get_type_hints
+
+from headrace.core.types import HeadraceError
+
+Bytes = NewType("Bytes", int)
+S = TypeVar("S")
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{unit}b": size for unit, size in list(_UNITS.items()) if unit not in ("", "b")}
+_UNITS |= {f"{unit}i{b}": 2 ** (10 * power) for power, unit in enumerate("kmgt", 1) for b in ("", "b")}
+
+
+class BadSetting(HeadraceError):
+    """A setting that cannot be read; the message names it and where it came from."""
+
+
+def parse_bytes(text: str) -> Bytes:
+    """'2GiB', '512M' or '1073741824' as a number of bytes; Ki, Mi, Gi are powers of 1024, k, M, G of 1000."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write 2GiB, 512MiB or a number of bytes")
+    return Bytes(int(float(match[1]) * _UNITS[match[2].lower()]))
+
+
+def format_bytes(count: float) -> str:
+    """1536 as '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{text!r} is neither true nor false")
+
+
+_PARSERS: Mapping[Any, Callable[[str], Any]] = {
+    str: str,
+    int: int,
+    float: float,
+    bool: _parse_bool,
+    Bytes: parse_bytes,
+    Path: Path,
+}
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that is also a flag, an environment variable and a TOML key."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What one replica's scheduler may do."""
+
+    block_tokens: int = setting(16, "tokens in one KV block")
+    token_budget: int | None = setting(
+        None, "most tokens computed in one step; by default derived from --inter-token-ms and the measured step time"
+    )
+    inter_token_ms: float = setting(200.0, "no step should take longer than this, so that streams keep flowing")
+    max_running: int = setting(256, "most requests computed side by side")
+    max_queue_requests: int = setting(1024, "waiting requests beyond which new ones are refused with 429")
+    max_queue_tokens: int = setting(1_000_000, "waiting prompt tokens beyond which new requests are refused with 429")
+    prefix_cache: bool = setting(True, "share the KV of equal prompt prefixes")
+    ordering: str = setting("fcfs", "who is next")
+    admission: str = setting("free-blocks", "when a waiting request may start")
+    batch: str = setting("chunked", "what a step computes")
+    preemption: str = setting("last-arrived", "who yields when memory runs out")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSettings:
+    """What the executor computes with."""
+
+    dtype: str = setting("auto", "arithmetic and weights in memory", ("auto", "fp32", "bf16"))
+    device: str = setting("auto", "where to compute: auto takes CUDA when there is one", ("auto", "cpu", "cuda"))
+    kv_memory: Bytes | None = setting(None, "memory for KV, such as 2GiB; by default most of what is free")
+    max_context: int | None = setting(None, "most tokens of one request; by default the model's own limit")
+    threads: int | None = setting(None, "compute threads; by default all cores")
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """What the server accepts."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on; 0 takes any free one")
+    insecure: bool = setting(False, "allow an address other than loopback although nobody is asked for a key")
+    served_name: str | None = setting(None, "the model's name in the API; by default derived from its source")
+    max_body: Bytes = setting(Bytes(8 << 20), "largest request body")
+    max_choices: int = setting(128, "largest n")
+    drain_timeout_s: float = setting(30.0, "seconds that running requests get after SIGTERM")
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Give `parser` one flag per setting. A flag that is not given stays None, so that weaker sources may speak."""
+    group = parser.add_argument_group(_section(settings), description=settings.__doc__)
+    types = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        kind, default = _bare(types[field.name]), field.default
+        shown = "" if default is None else f" (default: {_show(kind, default)})"
+        options: dict[str, Any] = {"dest": f"{_section(settings)}.{field.name}", "default": None}
+        options["help"] = (field.metadata["help"] + shown).replace("%", "%%")
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+            options["help"] = field.metadata["help"] + (" (default: yes)" if default else " (default: no)")
+        else:
+            options["type"] = _complaining(_PARSERS[kind])
+            options["choices"] = field.metadata["choices"] or None
+            options["metavar"] = None if field.metadata["choices"] else _metavar(kind)
+        group.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def load(settings: type[S], flags: argparse.Namespace | None = None, toml: Mapping[str, Any] | None = None) -> S:
+    """Resolve every field of `settings`; raises BadSetting with the source of the bad value."""
+    types = get_type_hints(settings)
+    section = _section(settings)
+    table = (toml or {}).get(section, {})
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        kind = _bare(types[field.name])
+        variable = "HEADRACE_" + field.name.upper()
+        flag = getattr(flags, f"{section}.{field.name}", None)
+        if flag is not None:
+            values[field.name] = flag
+        elif variable in os.environ:
+            values[field.name] = _parse(kind, os.environ[variable], f"environment variable {variable}")
+        elif field.name in table:
+            values[field.name] = _parse(kind, str(table[field.name]), f"[{section}] {field.name} in the config file")
+        _check_choice(field, values.get(field.name))
+    unknown = set(table) - {field.name for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    if unknown:
+        raise BadSetting(f"[{section}] in the config file has unknown keys: {', '.join(sorted(unknown))}")
+    return settings(**values)
+
+
+def read_toml(path: Path | None) -> Mapping[str, Any]:
+    """The config file as tables, or nothing."""
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadSetting(f"cannot read the config file {path}: {error}") from error
+
+
+def home() -> Path:
+    """Where Headrace keeps pulled models: $HEADRACE_HOME, else $XDG_CACHE_HOME/headrace, else ~/.cache/headrace."""
+    if path := os.environ.get("HEADRACE_HOME"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
+
+
+def _section(settings: type) -> str:
+    return settings.__name__.removesuffix("Settings").lower()
+
+
+def _bare(kind: Any) -> Any:
+    """The type without `| None`."""
+    if isinstance(kind, UnionType):
+        return next(part for part in get_args(kind) if part is not type(None))
+    return kind
+
+
+def _show(kind: Any, value: Any) -> str:
+    return format_bytes(value) if kind is Bytes else str(value)
+
+
+def _metavar(kind: Any) -> str:
+    return {int: "N", float: "X", Bytes: "SIZE", Path: "PATH"}.get(kind, "TEXT")
+
+
+def _complaining(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """argparse shows the message of ArgumentTypeError, and only of that."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def _parse(kind: Any, text: str, source: str) -> Any:
+    try:
+        return _PARSERS[kind](text)
+    except ValueError as error:
+        raise BadSetting(f"{source}: {error}") from error
+
+
+def _check_choice(field: dataclasses.Field[Any], value: Any) -> None:
+    choices = field.metadata["choices"]
+    if choices and value is not None and value not in choices:
+        raise BadSetting(f"{field.name} is {value!r}; choose one of {', '.join(choices)}")

@@ -1,0 +1,75 @@
+"""The joints: what one room may ask of another, in at most five methods each. Implementations live elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from headrace.core.events import Event
+from headrace.core.step import StepPlan, StepResult
+from headrace.core.types import Output, Request, RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an executor can hold. The scheduler plans within it."""
+
+    blocks: int  # KV blocks on the device
+    block_tokens: int
+    max_context_tokens: int  # prompt plus output of one request: the model's limit or what fits, the smaller
+    vocab: int
+
+
+class Executor(Protocol):
+    """Performs plans, one after the other, in the order given."""
+
+    @property
+    def capacity(self) -> Capacity: ...
+
+    async def run(self, plan: StepPlan) -> StepResult:
+        """Perform one step. Raises if the step failed as a whole; the executor has then forgotten all its requests."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A snapshot of one service for health pages, clients and policies."""
+
+    model: str
+    state: str  # "ready", "draining" or "failed"
+    capacity: Capacity
+    running: int
+    waiting: int
+    waiting_tokens: int
+    used_blocks: int
+    steps: int
+    last_progress_s: float  # clock time of the last finished step, or of start
+    error: str | None = None  # with "failed"
+
+
+class Service(Protocol):
+    """Takes requests and streams their outputs. The gateway holds one and sees nothing deeper."""
+
+    def generate(self, request: Request) -> AsyncIterator[Output]:
+        """Outputs of one request, the last one with `finish`. Raises InvalidRequest, Overloaded or Unavailable before
+        the first output. Closing the iterator early aborts the request before the next step is planned."""
+        ...
+
+    def abort(self, request_id: RequestId) -> None:
+        """End a request; its stream gets FinishReason.ABORT. Unknown ids are ignored."""
+        ...
+
+    def status(self) -> Status: ...
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests, finish the others. True if all finished in time; the rest are aborted."""
+        ...
+
+
+class Observer(Protocol):
+    def observe(self, event: Event) -> None:
+        """Called synchronously, in order, on the loop's thread; must be fast and must not raise."""
+        ...

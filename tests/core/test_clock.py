@@ -1,0 +1,98 @@
+"""Virtual time: order, jumps, deadlock, and that wall time cannot get in."""
+
+import asyncio
+import random
+
+import pytest
+
+from headrace.core import clock
+
+
+def test_an_hour_passes_at_once_and_lands_exactly() -> None:
+    async def main() -> float:
+        await clock.sleep(3600.1)
+        return clock.now()
+
+    assert clock.run(main(), virtual=True) == 3600.1
+
+
+def test_equal_deadlines_fire_in_the_order_they_were_set() -> None:
+    fired: list[int] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        for number in range(100):
+            loop.call_at(5.0, fired.append, number)
+        await clock.sleep(6)
+
+    clock.run(main(), virtual=True)
+    assert fired == list(range(100))
+
+
+def test_timers_fire_by_deadline_then_creation() -> None:
+    rng = random.Random(1)
+    set_timers = [(rng.choice([1.0, 2.0, 2.0000001, 3.0]), number) for number in range(500)]
+    fired: list[tuple[float, int]] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        for when, number in set_timers:
+            loop.call_at(when, lambda pair: fired.append(pair), (when, number))
+        await clock.sleep(10)
+
+    clock.run(main(), virtual=True)
+    assert fired == sorted(set_timers)
+
+
+@pytest.mark.parametrize("start", [0.0, 1e6, 1e12])
+def test_time_advances_however_large_it_is(start: float) -> None:
+    async def main() -> float:
+        await clock.sleep(start)
+        for _ in range(10):
+            await clock.sleep(0.25)
+        return clock.now()
+
+    assert clock.run(main(), virtual=True) == pytest.approx(start + 2.5)
+
+
+def test_asyncio_timeouts_and_queues_work() -> None:
+    async def main() -> tuple[float, int]:
+        queue: asyncio.Queue[int] = asyncio.Queue()
+
+        async def produce() -> None:
+            await clock.sleep(2)
+            queue.put_nowait(7)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(produce())
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(1):
+                    await queue.get()
+            got = await queue.get()
+        return clock.now(), got
+
+    assert clock.run(main(), virtual=True) == (2.0, 7)
+
+
+def test_deadlock_is_reported_with_the_task_that_waits() -> None:
+    async def waits_forever() -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(clock.Deadlock, match="waits_forever"):
+        clock.run(waits_forever(), virtual=True)
+
+
+def test_threads_are_refused() -> None:
+    async def main() -> None:
+        await asyncio.to_thread(print)
+
+    with pytest.raises(RuntimeError, match="threads are refused"):
+        clock.run(main(), virtual=True)
+
+
+def test_wall_time_is_reproducible_under_virtual_time() -> None:
+    async def main() -> float:
+        await clock.sleep(10)
+        return clock.wall()
+
+    assert clock.run(main(), virtual=True) == clock.run(main(), virtual=True) == 1_700_000_010.0
