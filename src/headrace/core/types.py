@@ -135,7 +135,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probabilities at one position, after the logits processors and before temperature and filters."""
+    """Natural-log probabilities at one position: the model's own, before penalties, bias, temperature and filters."""
 
     token_id: int
     logprob: float

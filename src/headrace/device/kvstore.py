@@ -1,0 +1,50 @@
+"""Where keys and values live: one plane of K and one of V per layer, cut into blocks that a block table names.
+
+    plane of one layer:  [kv_heads, blocks * block_tokens, head_dim]      slot = block * block_tokens + offset
+
+Heads are outermost, so that gathering some blocks gives each head its keys as one contiguous matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace.core.shape import ModelShape
+
+
+class KVStore:
+    """Owns the KV tensors of all layers. Which block belongs to whom is the scheduler's business."""
+
+    def __init__(
+        self, shape: ModelShape, blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        size = (shape.kv_heads, blocks * block_tokens, shape.head_dim)
+        # zeros, not empty: masked slots are multiplied by probability 0, and 0 * NaN is not 0
+        self.keys = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.layers)]
+        self.values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.layers)]
+        self.block_tokens = block_tokens
+
+    @staticmethod
+    def block_bytes(shape: ModelShape, block_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of one block in all layers, K and V."""
+        return 2 * shape.layers * shape.kv_heads * shape.head_dim * block_tokens * dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return sum(plane.nbytes for plane in (*self.keys, *self.values))
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store `keys`, `values` [T, kv_heads, head_dim] at `slots` [T]."""
+        self.keys[layer].index_copy_(1, slots, keys.transpose(0, 1))
+        self.values[layer].index_copy_(1, slots, values.transpose(0, 1))
+
+    def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of `blocks` [n, m], each [kv_heads * n, m * block_tokens, head_dim]: a copy."""
+        return self._gather(self.keys[layer], blocks), self._gather(self.values[layer], blocks)
+
+    def _gather(self, plane: Tensor, blocks: Tensor) -> Tensor:
+        heads, _, width = plane.shape
+        by_block = plane.view(heads, -1, self.block_tokens, width)
+        tiles = by_block.index_select(1, blocks.flatten())
+        return tiles.view(heads * len(blocks), -1, width)
