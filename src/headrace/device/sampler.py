@@ -101,7 +101,10 @@ def _entries(entries: list[tuple[int, int, float]], like: Tensor) -> tuple[tuple
 
 def _draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
     """One token per row: the likeliest, or through the cumulative distribution of the whole or the filtered row."""
-    tokens = logits.argmax(-1).tolist()
+    best = logits.max(-1)
+    if best.values.isnan().any():
+        raise FloatingPointError("the model computed a logit that is not a number: are its weights intact?")
+    tokens: list[int] = best.indices.tolist()
     whole = [i for i, s in enumerate(samplings) if s.temperature > 0 and not _filters(s)]
     filtered = [i for i, s in enumerate(samplings) if s.temperature > 0 and _filters(s)]
     for chosen, draw in ((whole, _from_whole), (filtered, _from_candidates)):

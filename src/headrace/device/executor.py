@@ -1,0 +1,195 @@
+"""Performs step plans with torch: plan -> rows of tokens -> model -> sampler -> result.
+
+Owns the tensors and what it must remember of each request between steps: its tokens, its block table and its sampling
+state. Decides nothing. Steps run one after the other on one thread of their own, so the event loop stays free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.core.clock import perf
+from headrace.core.ports import Capacity
+from headrace.core.step import Admitted, Sampled, StepPlan, StepResult, Work
+from headrace.core.types import InvalidRequest, Request, RequestId, Sampling, TokenLogprob, Tokens
+from headrace.device.attention import Rows, kernel_for
+from headrace.device.kvstore import KVStore
+from headrace.device.linear import Linears
+from headrace.device.llama import Llama
+from headrace.device.sampler import Row, describe, sample
+
+_LOGIT_ROWS = 64  # rows of logits computed at once for prompt log-probabilities: bounds their memory
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What the executor remembers of one request."""
+
+    ids: list[int]  # all known tokens
+    prompt_tokens: int
+    row: Row
+    blocks: list[int]
+    table: np.ndarray = field(init=False)  # `blocks` as int64, rebuilt when they change
+
+    def __post_init__(self) -> None:
+        self.extend(())
+
+    def extend(self, new: Iterable[int]) -> None:
+        self.blocks.extend(new)
+        self.table = np.array(self.blocks, dtype=np.int64)
+
+    def replace(self, pairs: Iterable[tuple[int, int]]) -> None:
+        for index, block in pairs:
+            self.blocks[index] = block
+        self.extend(())
+
+    def drew(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self.ids.append(token)
+            self.row.drew(token)
+
+
+class TorchExecutor:
+    """An `Executor` for one model on one device."""
+
+    def __init__(self, model: Llama, linears: Linears, store: KVStore, capacity: Capacity) -> None:
+        self.model = model
+        self.linears = linears
+        self.store = store
+        self._capacity = capacity
+        self._kernel = kernel_for(model.config.shape, model.config.attention_scale, store, linears.device)
+        self._sequences: dict[RequestId, _Sequence] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="headrace-step")
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._capacity
+
+    async def run(self, plan: StepPlan) -> StepResult:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.step, plan)
+
+    async def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> StepResult:
+        """Perform one plan, blocking. On any error every request is forgotten, as the port says."""
+        try:
+            self._update(plan)
+            if not plan.work:
+                return StepResult(plan.step, {})
+            hidden = self._forward(plan.work)
+            return StepResult(plan.step, self._sample(plan.work, hidden), self._prompt_logprobs(plan.work, hidden))
+        except BaseException:
+            self._sequences.clear()
+            raise
+
+    def measure(self, tokens: Sequence[int]) -> list[tuple[int, float]]:
+        """(tokens, seconds) of steps that prefill so many tokens, the better of two after one to warm up. Uses blocks
+        from 0 up, so only before the first plan."""
+        room = min(self._capacity.blocks * self._capacity.block_tokens, self._capacity.max_context_tokens) - 1
+        return [(count, self._measure_one(count)) for count in sorted({min(count, room) for count in tokens})]
+
+    def _measure_one(self, count: int) -> float:
+        request = Request("measure", (Tokens((0,) * count),), 0.0, 1, Sampling(temperature=0))
+        blocks = tuple(range(-(-count // self._capacity.block_tokens)))
+        plan = StepPlan(0, (Work("measure", 0, count, True),), (Admitted(request, (), blocks, 0),))
+        seconds = []
+        for _ in range(3):
+            begin = perf()
+            self.step(plan)
+            seconds.append(perf() - begin)
+        self.step(StepPlan(0, (), released=("measure",)))
+        return min(seconds[1:])
+
+    def _update(self, plan: StepPlan) -> None:
+        """Forget, remember, and grow block tables."""
+        if plan.copies:
+            raise NotImplementedError("this executor keeps all KV on one device: no copies")
+        for request_id in plan.released:
+            self._sequences.pop(request_id, None)
+        for admitted in plan.admitted:
+            self._sequences[admitted.request.id] = _remember(admitted)
+        for work in plan.work:
+            if work.layers is not None:
+                raise NotImplementedError("this executor runs whole steps: no layer ranges")
+            sequence = self._sequences[work.request_id]
+            if work.replaced_blocks:
+                sequence.replace(work.replaced_blocks)
+            if work.new_blocks:
+                sequence.extend(work.new_blocks)
+
+    def _forward(self, works: Sequence[Work]) -> Tensor:
+        """Hidden states after the last layer: [rows, hidden], rows in the order of `works`, then padding."""
+        count = sum(work.tokens for work in works)
+        padded = self.linears.padded(count)
+        ids = np.zeros(padded, dtype=np.int64)
+        positions = np.zeros(padded, dtype=np.int64)
+        rows, first = [], 0
+        for work in works:
+            sequence, end = self._sequences[work.request_id], first + work.tokens
+            ids[first:end] = sequence.ids[work.start : work.start + work.tokens]
+            positions[first:end] = range(work.start, work.start + work.tokens)
+            rows.append(Rows(first, work.start, work.tokens, sequence.table))
+            first = end
+        attend = self._kernel.prepare(rows, padded)
+        x = self.model.embed(self._on_device(ids))
+        return self.model.layers(x, 0, self.model.config.shape.layers, self._on_device(positions), attend)
+
+    def _sample(self, works: Sequence[Work], hidden: Tensor) -> dict[RequestId, Sampled]:
+        """Draw a token for every work that asks, from the logits of its last row."""
+        drawing = [work for work in works if work.sample]
+        if not drawing:
+            return {}
+        last = np.cumsum([work.tokens for work in works]) - 1
+        wanted = last[[work.sample for work in works]]
+        sequences = [self._sequences[work.request_id] for work in drawing]
+        drawn = sample(self._logits(hidden, wanted), [sequence.row for sequence in sequences])
+        for sequence, sampled in zip(sequences, drawn, strict=True):
+            sequence.drew(sampled.token_ids)
+        return {work.request_id: sampled for work, sampled in zip(drawing, drawn, strict=True)}
+
+    def _logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
+        """Logits of some rows: [len(rows), vocab] float32."""
+        padded = np.zeros(self.linears.padded(len(rows)), dtype=np.int64)
+        padded[: len(rows)] = rows
+        return self.model.logits(hidden.index_select(0, self._on_device(padded)))[: len(rows)]
+
+    def _prompt_logprobs(self, works: Sequence[Work], hidden: Tensor) -> dict[RequestId, tuple[TokenLogprob, ...]]:
+        """For requests that ask: what the model thought of each next prompt token, from this step's rows."""
+        found: dict[RequestId, tuple[TokenLogprob, ...]] = {}
+        first = 0
+        for work in works:
+            sequence = self._sequences[work.request_id]
+            count = sequence.row.sampling.prompt_logprobs
+            judged = min(work.start + work.tokens, sequence.prompt_tokens - 1) - work.start
+            if count is not None and judged > 0:
+                nexts = sequence.ids[work.start + 1 : work.start + 1 + judged]
+                found[work.request_id] = tuple(self._judge(hidden, np.arange(first, first + judged), nexts, count))
+            first += work.tokens
+        return found
+
+    def _judge(self, hidden: Tensor, rows: np.ndarray, nexts: Sequence[int], count: int) -> Iterable[TokenLogprob]:
+        for begin in range(0, len(rows), _LOGIT_ROWS):
+            part = torch.log_softmax(self._logits(hidden, rows[begin : begin + _LOGIT_ROWS]), -1)
+            for row, token in zip(part, nexts[begin : begin + _LOGIT_ROWS], strict=True):
+                yield describe(row, token, count)
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.linears.device)
+
+
+def _remember(admitted: Admitted) -> _Sequence:
+    prompt = admitted.request.prompt_ids()
+    if prompt is None:
+        raise InvalidRequest("a real model needs the prompt's tokens, not only their number", "prompt")
+    ids = [*prompt, *admitted.output_ids]
+    row = Row.of(admitted.request.sampling, prompt, admitted.output_ids)
+    return _Sequence(ids, len(prompt), row, list(admitted.blocks))

@@ -1,0 +1,111 @@
+"""Where the memory goes: weights, activations and KV, as one table that a person can check with a pocket calculator.
+
+`size` decides how many KV blocks there will be. When nothing fits, the error shows the same table and the flag that
+would make it fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from headrace.core.config import Bytes, format_bytes
+from headrace.core.shape import ModelShape
+from headrace.core.types import HeadraceError
+from headrace.device.kvstore import KVStore
+
+_CPU_SHARE = 0.5  # of what is free after loading: the machine has other work to do
+_CUDA_SHARE = 0.9
+
+
+class DoesNotFit(HeadraceError):
+    """Not enough memory for one request of useful length; the message has the table and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """One replica's memory in bytes. `weights` is measured, `activations` a bound computed from the step's size."""
+
+    weights: int
+    activations: int
+    kv: int
+    free: int  # on the device after loading, before KV
+    block_bytes: int
+    block_tokens: int
+    max_context_tokens: int
+
+    @property
+    def blocks(self) -> int:
+        return self.kv // self.block_bytes
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * self.block_tokens
+
+    def table(self) -> str:
+        """The memory as text: one line per use, then what it means in tokens and requests."""
+        per_token = self.block_bytes / self.block_tokens
+        lengths = [length for length in (512, 2048, 8192, 32768) if length < self.max_context_tokens]
+        requests = [
+            f"  {self.tokens // length:>8,} concurrent requests of {length:,} tokens"
+            for length in (*lengths, self.max_context_tokens)
+        ]
+        return "\n".join(
+            [
+                f"  {'weights':12} {format_bytes(self.weights):>10}",
+                f"  {'activations':12} {format_bytes(self.activations):>10}  (at most, in one step)",
+                f"  {'KV':12} {format_bytes(self.kv):>10}  {self.tokens:,} tokens at {format_bytes(per_token)} each,"
+                f" {self.blocks:,} blocks of {self.block_tokens}",
+                f"  {'free before':12} {format_bytes(self.free):>10}",
+                *requests,
+            ]
+        )
+
+
+def size(
+    shape: ModelShape, *, weights: int, activations: int, block_tokens: int, max_context_tokens: int,
+    wanted: Bytes | None, dtype: torch.dtype, device: torch.device, max_running: int,
+) -> Memory:  # fmt: skip
+    """How much KV there will be: `wanted`, or a share of what is free, but never more than `max_running` requests of
+    full length could use. Raises DoesNotFit when one request of full length would not fit."""
+    free = free_bytes(device)
+    block_bytes = KVStore.block_bytes(shape, block_tokens, dtype)
+    per_request = -(-max_context_tokens // block_tokens) * block_bytes
+    share = _CPU_SHARE if device.type == "cpu" else _CUDA_SHARE
+    affordable = max(0, int(share * (free - activations)))
+    kv = min(wanted if wanted is not None else affordable, max_running * per_request)
+    kv -= kv % block_bytes
+    memory = Memory(weights, activations, kv, free, block_bytes, block_tokens, max_context_tokens)
+    if kv < per_request:
+        raise DoesNotFit(_too_small(memory, per_request))
+    if kv + activations > free:
+        most = format_bytes(max(0, free - activations))
+        raise DoesNotFit(
+            f"{format_bytes(kv)} of KV do not fit; after the weights at most {most} are left.\n{memory.table()}\n"
+            f"Start with --kv-memory {_as_flag(affordable)}."
+        )
+    return memory
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be allocated now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def _too_small(memory: Memory, per_request: int) -> str:
+    fitting = memory.tokens
+    remedies = [f"--kv-memory {_as_flag(per_request + memory.block_bytes)}"]
+    if fitting >= memory.block_tokens:
+        remedies.insert(0, f"--max-context {fitting}")
+    return (
+        f"one request of {memory.max_context_tokens:,} tokens needs {format_bytes(per_request)} of KV.\n"
+        f"{memory.table()}\nStart with {' or '.join(remedies)}."
+    )
+
+
+def _as_flag(count: int) -> str:
+    return f"{-(-count // 2**20)}MiB"
