@@ -57,12 +57,13 @@ class Preempted:
 
 @dataclass(frozen=True, slots=True)
 class Drew:
-    """One request drew tokens. Inter-token latency is the difference of two of these."""
+    """The tokens that one step drew, in one event because there may be hundreds. The inter-token latency of a request
+    is the difference of two of these."""
 
     at_s: float
-    request_id: RequestId
-    tokens: int
-    first: bool
+    request_ids: tuple[RequestId, ...]
+    tokens: tuple[int, ...]  # drawn by each of them
+    first: tuple[RequestId, ...]  # those for whom these were the first
 
 
 @dataclass(frozen=True, slots=True)

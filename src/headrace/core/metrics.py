@@ -39,9 +39,9 @@ class Histogram:
     def __post_init__(self) -> None:
         self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
-    def add(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def add(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.sum += value * times
 
     def cumulative(self) -> Sequence[tuple[str, int]]:
         """(upper bound as Prometheus writes it, how many were at most that)."""
@@ -104,12 +104,15 @@ class Metrics:
                 self._finish(event)
 
     def _drew(self, event: Drew) -> None:
-        self.output_tokens += event.tokens
-        if event.first:
-            self.prompt_tokens += self._prompts.get(event.request_id, 0)
-        elif (last := self._last_token_s.get(event.request_id)) is not None:
-            self.histograms["inter_token_latency_seconds"].add((event.at_s - last) / event.tokens)
-        self._last_token_s[event.request_id] = event.at_s
+        """Requests that decode together share their gaps, so equal ones are counted before they are added."""
+        self.output_tokens += sum(event.tokens)
+        for request_id in event.first:
+            self.prompt_tokens += self._prompts.get(request_id, 0)
+        before = map(self._last_token_s.get, event.request_ids)
+        for (last, tokens), times in Counter(zip(before, event.tokens, strict=True)).items():
+            if last is not None:
+                self.histograms["inter_token_latency_seconds"].add((event.at_s - last) / tokens, times)
+        self._last_token_s.update(dict.fromkeys(event.request_ids, event.at_s))
 
     def _finish(self, event: Finished) -> None:
         self._prompts.pop(event.request_id, None)

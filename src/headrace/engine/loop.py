@@ -1,0 +1,157 @@
+"""Drives one scheduler and one executor, and is the `Service` that the gateway holds: requests go straight into the
+scheduler, outputs come out of one queue per request. Owns the streams and the replica's state; decides nothing about
+what a step computes. The only file of the engine that knows asyncio.
+
+    generate -> scheduler.add                    .--------- stream of one request -> its generator
+                     |                           |
+      expire, plan --+--> executor.run --> commit, or fail --> idle until something arrives or a deadline comes
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+
+from headrace.core import clock
+from headrace.core.ports import Capacity, Executor, Status
+from headrace.core.step import StepPlan
+from headrace.core.types import FinishReason, Output, Request, RequestId, Unavailable
+from headrace.engine.scheduler import Scheduler
+
+FAILURES_IN_A_ROW = 3  # steps that may fail before the replica gives up
+
+
+class Engine:
+    """One replica. Whoever makes it runs `run()` as a task for as long as it should serve.
+
+    A stream buffers what its own reader has not read yet: at most one output per token the request may draw.
+    """
+
+    def __init__(self, model: str, scheduler: Scheduler, executor: Executor) -> None:
+        self._model = model
+        self._scheduler = scheduler
+        self._executor = executor
+        self._streams: dict[RequestId, asyncio.Queue[Output]] = {}
+        self._work = asyncio.Event()  # something was added or ended: look again
+        self._empty = asyncio.Event()  # no request is live
+        self._empty.set()
+        self._state = "ready"
+        self._error: str | None = None
+        self._failures = 0
+        self._last_progress_s: float | None = None
+
+    async def generate(self, request: Request) -> AsyncIterator[Output]:
+        """Outputs of one request; see `core.ports.Service`."""
+        if self._state != "ready":
+            raise Unavailable(self._error or f"the replica is {self._state} and takes no new requests")
+        self._scheduler.add(request, clock.now())
+        stream = self._streams[request.id] = asyncio.Queue()
+        self._empty.clear()
+        self._work.set()
+        finished = False
+        try:
+            while not finished:
+                output = await stream.get()
+                finished = output.finish is not None
+                yield output
+        finally:
+            if not finished and self._streams.get(request.id) is stream:
+                self.abort(request.id)
+
+    def abort(self, request_id: RequestId) -> None:
+        """See `core.ports.Service`."""
+        output = self._scheduler.abort(request_id, clock.now())
+        if output is not None:
+            self._deliver([output])
+            self._work.set()
+
+    def status(self) -> Status:
+        scheduler = self._scheduler
+        return Status(
+            model=self._model,
+            state=self._state,
+            capacity=self.capacity,
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            waiting_tokens=scheduler.waiting_tokens,
+            used_blocks=scheduler.used_blocks,
+            steps=scheduler.steps,
+            last_progress_s=clock.now() if self._last_progress_s is None else self._last_progress_s,
+            error=self._error,
+        )
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._scheduler.capacity
+
+    async def drain(self, timeout_s: float) -> bool:
+        """See `core.ports.Service`. The replica takes no requests afterwards."""
+        if self._state == "ready":
+            self._state = "draining"
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            for request_id in list(self._streams):
+                self.abort(request_id)
+            return False
+        return True
+
+    async def run(self) -> None:
+        """Serve until cancelled, or until too many steps in a row have failed. Every stream gets its finish."""
+        self._last_progress_s = clock.now()
+        try:
+            while self._state != "failed":
+                now = clock.now()
+                self._deliver(self._scheduler.expire(now))
+                plan = self._scheduler.plan(now)
+                if plan is None:
+                    await self._idle()
+                else:
+                    await self._step(plan)
+        except BaseException as error:
+            self._give_up(f"the replica stopped: {error or type(error).__name__}")
+            raise
+
+    async def _step(self, plan: StepPlan) -> None:
+        try:
+            result = await self._executor.run(plan)
+            outputs = self._scheduler.commit(result, clock.now())
+        except Exception as error:  # whatever broke, the requests of this step must learn of it and the others go on
+            self._failures += 1
+            self._deliver(self._scheduler.fail(clock.now(), f"{type(error).__name__}: {error}"))
+            if self._failures >= FAILURES_IN_A_ROW:
+                self._give_up(f"{self._failures} steps in a row failed, the last with {type(error).__name__}: {error}")
+        else:
+            self._failures = 0
+            self._last_progress_s = clock.now()
+            self._deliver(outputs)
+        await clock.sleep(0)  # readers of this step's outputs run before the next plan, whatever the executor does
+
+    async def _idle(self) -> None:
+        """Wait until there may be something to do."""
+        self._work.clear()
+        try:
+            async with asyncio.timeout_at(self._scheduler.next_deadline()):
+                await self._work.wait()
+        except TimeoutError:
+            return
+
+    def _deliver(self, outputs: Iterable[Output]) -> None:
+        for output in outputs:
+            stream = self._streams[output.request_id]
+            stream.put_nowait(output)
+            if output.finish is not None:
+                del self._streams[output.request_id]
+        if not self._scheduler.live:
+            self._empty.set()
+
+    def _give_up(self, error: str) -> None:
+        """Nobody will be served any more; nobody may be left waiting for it."""
+        self._state, self._error = "failed", error
+        now = clock.now()
+        self._deliver(self._scheduler.fail(now, error))
+        for request_id in list(self._streams):
+            ended = self._scheduler.abort(request_id, now, FinishReason.ERROR)
+            if ended is not None:
+                self._deliver([ended._replace(error=error)])

@@ -1,0 +1,126 @@
+"""Which KV blocks each request holds: takes them as tokens are planned, adopts those that already hold the same
+content, names full ones so that others can find them, and gives them back. Owns the pool and the prefix index.
+
+Blocks are named when their tokens are planned, not when they are computed: within a step all KV writes of a layer
+come before its attention, so two requests of one step may share. If that step fails, the new names are dropped.
+
+    table of one request      | named, maybe shared | named, own | being filled |
+    tokens            0       computed by others        computed_tokens ^
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from headrace.core.keys import first_key, next_key
+from headrace.core.step import Block
+from headrace.core.types import BlockKey
+from headrace.engine.pool import Pool
+from headrace.engine.prefix import PrefixIndex
+from headrace.engine.progress import Progress
+
+
+class Memory:
+    """The block tables of one replica's requests."""
+
+    def __init__(self, blocks: int, block_tokens: int, prefix_cache: bool) -> None:
+        self.block_tokens = block_tokens
+        self.index = PrefixIndex()
+        self.pool = Pool(blocks, self.index)
+        self._prefix_cache = prefix_cache
+
+    def enrol(self, progress: Progress) -> None:
+        """Decide whether a new request may find blocks of others and be found itself."""
+        request = progress.request
+        named = len(request.block_keys) == progress.prompt_tokens // self.block_tokens
+        progress.writes_cache = self._prefix_cache and (named or bool(request.block_keys))
+        progress.reads_cache = self._prefix_cache and request.sampling.prompt_logprobs is None
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_tokens)
+
+    def match(self, progress: Progress) -> list[Block]:
+        """Blocks that hold the tokens from the block of `computed_tokens` on. The last known token is never among
+        them: it must be computed to have logits."""
+        if not progress.reads_cache:
+            return []
+        last = (progress.known_tokens - 1) // self.block_tokens
+        return self.index.match(progress.keys, progress.computed_tokens // self.block_tokens, last)
+
+    def cost(self, hits: Sequence[Block]) -> int:
+        """Free blocks that adopting `hits` would use up: those nobody holds."""
+        return len(hits) - sum(map(self.pool.held, hits))
+
+    def adopt(self, progress: Progress, hits: Sequence[Block]) -> tuple[tuple[int, Block], ...]:
+        """Put `hits` at the end of the table, the first one in place of a partly filled block if there is one.
+        Returns what was replaced, as `Work.replaced_blocks` wants it."""
+        if not hits:
+            return ()
+        first = progress.computed_tokens // self.block_tokens
+        for block in hits:
+            self.pool.share(block)
+        dropped = progress.blocks[first:]
+        progress.blocks[first:] = hits
+        self.pool.release(reversed(dropped))
+        progress.computed_tokens = (first + len(hits)) * self.block_tokens
+        progress.named_blocks = first + len(hits)
+        return tuple((first + at, hits[at]) for at in range(len(dropped)))
+
+    def reachable_tokens(self, progress: Progress) -> int:
+        """Tokens the request could have if it took every free block."""
+        return (len(progress.blocks) + self.pool.free) * self.block_tokens
+
+    def grow(self, progress: Progress, tokens: int) -> tuple[Block, ...]:
+        """Take blocks until the table holds `tokens`; the caller has made sure that they are there."""
+        missing = self.blocks_for(tokens) - len(progress.blocks)
+        if missing <= 0:
+            return ()
+        taken = tuple(self.pool.allocate() for _ in range(missing))
+        progress.blocks += taken
+        return taken
+
+    def name(self, progress: Progress, fresh: list[BlockKey]) -> None:
+        """Enter the full blocks into the index and append the keys that are new there to `fresh`."""
+        if not progress.writes_cache:
+            return
+        keys, at = progress.keys, progress.named_blocks
+        full = progress.computed_tokens // self.block_tokens
+        while at < full and (at < len(keys) or self._next_key(progress)):
+            if self.index.insert(keys[at], progress.blocks[at]):
+                fresh.append(keys[at])
+            at += 1
+        progress.named_blocks = at
+
+    def release(self, progress: Progress) -> None:
+        """Give all blocks back, last first; those with a name stay findable until they are needed."""
+        self.pool.release(reversed(progress.blocks))
+        progress.blocks = []
+        progress.computed_tokens = progress.named_blocks = 0
+
+    def forget(self, keys: Iterable[BlockKey]) -> None:
+        """What these keys promise was never computed."""
+        for key in keys:
+            block = self.index.find(key)
+            if block is not None:
+                self.pool.forget(block)
+
+    def check(self, requests: Iterable[Progress]) -> None:
+        """Everything held is held by one of `requests`, and every table is just long enough."""
+        self.pool.check()
+        self.index.check()
+        requests = list(requests)
+        self.pool.check_held(progress.blocks for progress in requests)
+        for progress in requests:
+            assert len(progress.blocks) == self.blocks_for(progress.computed_tokens), "a table is too long or too short"
+
+    def _next_key(self, progress: Progress) -> bool:
+        """Continue the chain of keys by one generated block, if its prompt part was named and its tokens are known."""
+        at, size = len(progress.keys), self.block_tokens
+        if at < progress.prompt_tokens // size:
+            return False
+        ids = progress.token_ids(at * size, (at + 1) * size)
+        if ids is None:
+            return False
+        previous = progress.keys[-1] if progress.keys else first_key(progress.request.salt)
+        progress.keys.append(next_key(previous, ids))
+        return True

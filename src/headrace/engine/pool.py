@@ -1,0 +1,97 @@
+"""Counts who holds each KV block, and decides which block is taken next: free ones first, then the cached block that
+was released longest ago. Owns the reference counts and both free lists; knows block ids only, never requests or tokens.
+Which blocks have a name worth keeping is the prefix index's business: the pool asks it, and tells it of evictions.
+
+         allocate                          release, has a key
+  free ------------> held (references > 0) -------------------> cached, least recently released first
+    ^                 |              ^                            |                   |
+    '-----------------'              '------- share --------------'                   |
+      release, no key                ^                                                |
+                                     '------- allocate: evicted, its key forgotten ---'
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from headrace.core.step import Block
+from headrace.engine.prefix import PrefixIndex
+
+
+class Pool:
+    """`blocks` KV blocks with reference counts. Every operation is O(1) per block."""
+
+    def __init__(self, blocks: int, index: PrefixIndex) -> None:
+        self.blocks = blocks
+        self._index = index
+        self._references = [0] * blocks
+        self._free = list(range(blocks - 1, -1, -1))  # a stack: low numbers first
+        self._cached: OrderedDict[Block, None] = OrderedDict()
+
+    @property
+    def free(self) -> int:
+        """Blocks nobody holds; the cached ones among them still have content worth finding."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def used(self) -> int:
+        return self.blocks - self.free
+
+    def held(self, block: Block) -> bool:
+        return self._references[block] > 0
+
+    def allocate(self) -> Block:
+        """A block of its own for the caller, content undefined. Ask `free` first; raises IndexError when it is 0."""
+        if self._free:
+            block = self._free.pop()
+        elif self._cached:
+            block, _ = self._cached.popitem(last=False)
+            self._index.forget(block)
+        else:
+            raise IndexError("no block is free")
+        self._references[block] = 1
+        return block
+
+    def share(self, block: Block) -> None:
+        """One more holder of a block that is held or cached."""
+        if not self._references[block]:
+            del self._cached[block]
+        self._references[block] += 1
+
+    def release(self, blocks: Iterable[Block]) -> None:
+        """One holder less of each. Give a request's blocks last first: what is released first is evicted first, and a
+        block is useless without those before it."""
+        for block in blocks:
+            self._references[block] -= 1
+            if not self._references[block]:
+                if self._index.holds(block):
+                    self._cached[block] = None
+                else:
+                    self._free.append(block)
+
+    def forget(self, block: Block) -> None:
+        """The content of a block is not what its key says: nobody may find it any more."""
+        self._index.forget(block)
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
+
+    def check(self) -> None:
+        """Every block is free, cached or held, exactly one of them; cached means unheld with a key."""
+        free, cached = set(self._free), set(self._cached)
+        assert len(free) == len(self._free), "a block is free twice"
+        assert not free & cached, "a block is free and cached"
+        assert all(count >= 0 for count in self._references), "a block was released more often than taken"
+        unheld = {block for block, count in enumerate(self._references) if not count}
+        assert unheld == free | cached, "a block is lost, or held and free"
+        assert all(map(self._index.holds, cached)), "a cached block has no key"
+        assert not any(map(self._index.holds, free)), "a free block has a key"
+
+    def check_held(self, tables: Iterable[Iterable[Block]]) -> None:
+        """The reference counts are exactly what these block tables hold."""
+        counted = [0] * self.blocks
+        for table in tables:
+            for block in table:
+                counted[block] += 1
+        assert counted == self._references, "reference counts and block tables disagree"

@@ -1,0 +1,145 @@
+"""How far one request has come: the states it may be in, and the numbers the scheduler moves. Owns nothing shared;
+only the scheduler and its memory write here, policies read it through `policy.RequestView`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import Enum
+
+from headrace.core.ports import Capacity
+from headrace.core.step import Block
+from headrace.core.types import BlockKey, InvalidRequest, Request, Tokens, Usage
+
+
+class State(Enum):
+    """Running is either of the middle two."""
+
+    WAITING = "waiting"  # holds no blocks; the executor does not know it
+    PREFILLING = "prefilling"  # running, and has yet to catch up with its known tokens since it was admitted
+    DECODING = "decoding"  # running, one token behind between steps
+    FINISHED = "finished"
+
+
+LEGAL: Mapping[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.PREFILLING, State.DECODING, State.FINISHED}),
+    State.PREFILLING: frozenset({State.DECODING, State.WAITING, State.FINISHED}),
+    State.DECODING: frozenset({State.WAITING, State.FINISHED}),
+    State.FINISHED: frozenset(),
+}
+
+
+class Progress:
+    """One request's share of the scheduler's state. Token counts include prompt and output."""
+
+    __slots__ = (
+        "arrival_number",
+        "blocks",
+        "cached_blocks",
+        "cached_tokens",
+        "computed_tokens",
+        "first_admitted_s",
+        "first_token_s",
+        "id",
+        "keys",
+        "known_tokens",
+        "limit_tokens",
+        "logprobs_sent",
+        "named_blocks",
+        "order",
+        "output_ids",
+        "preemptions",
+        "prompt_tokens",
+        "queued_s",
+        "reads_cache",
+        "request",
+        "served_step",
+        "state",
+        "stop_token_ids",
+        "tokens_left",
+        "writes_cache",
+    )
+
+    def __init__(self, request: Request, max_context_tokens: int, arrival_number: int, now: float) -> None:
+        self.request = request
+        self.id = request.id
+        self.stop_token_ids = request.stop_token_ids
+        self.arrival_number = arrival_number
+        self.order: tuple[float, int] = (0.0, arrival_number)  # among all requests; smaller goes first
+        self.state = State.WAITING
+        self.prompt_tokens = request.prompt_tokens
+        self.limit_tokens = min(self.prompt_tokens + request.max_new_tokens, max_context_tokens)
+        self.tokens_left = self.limit_tokens - self.prompt_tokens  # may still be drawn
+        self.known_tokens = self.prompt_tokens  # counts a token from the moment its drawing is planned
+        self.computed_tokens = 0  # counts a token from the moment its computation is planned
+        self.output_ids: list[int] = []
+        self.blocks: list[Block] = []
+        self.keys: list[BlockKey] = list(request.block_keys)  # grows by what is generated
+        self.named_blocks = 0  # leading blocks that need no more naming in the prefix index
+        self.cached_blocks = 0  # while waiting: leading blocks that running requests hold for it
+        self.reads_cache = self.writes_cache = False
+        self.served_step: int | None = None  # the last step that gave it work or preempted it
+        self.logprobs_sent = 0  # prompt positions whose logprobs went out
+        self.queued_s = now  # arrival or last preemption
+        self.first_admitted_s: float | None = None
+        self.first_token_s: float | None = None
+        self.cached_tokens = 0
+        self.preemptions = 0
+
+    @property
+    def held_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def running(self) -> bool:
+        return self.state is State.PREFILLING or self.state is State.DECODING
+
+    def usage(self) -> Usage:
+        return Usage(self.prompt_tokens, len(self.output_ids), self.cached_tokens, self.preemptions)
+
+    def token_ids(self, start: int, end: int) -> tuple[int, ...] | None:
+        """Tokens [start, end) of prompt and output, or None where their values are not known."""
+        offset = self.prompt_tokens
+        ids = () if start >= offset else prompt_slice(self.request, start, min(end, offset))
+        if ids is None or end > offset + len(self.output_ids):
+            return None
+        return ids + tuple(self.output_ids[max(0, start - offset) : max(0, end - offset)])
+
+
+def prompt_slice(request: Request, start: int, end: int) -> tuple[int, ...] | None:
+    """Prompt tokens [start, end), or None if some of them are blank. Reads only the segments they lie in."""
+    ids: tuple[int, ...] = ()
+    offset = 0
+    for segment in request.prompt:
+        first, last = max(start - offset, 0), min(end - offset, len(segment))
+        offset += len(segment)
+        if first < last:
+            if not isinstance(segment, Tokens):
+                return None
+            ids += segment.ids[first:last]
+    return ids
+
+
+def check_servable(request: Request, capacity: Capacity) -> None:
+    """Raises InvalidRequest if an otherwise empty replica could not serve this request to its end."""
+    prompt, most = request.prompt_tokens, capacity.max_context_tokens
+    if prompt < 1:
+        raise InvalidRequest("the prompt is empty; send at least one token", "prompt")
+    if request.max_new_tokens < 1:
+        raise InvalidRequest("max_tokens must be at least 1", "max_tokens")
+    if prompt + 1 > most:
+        raise InvalidRequest(
+            f"the prompt has {prompt} tokens, but prompt and output together may have {most}; shorten it", "prompt"
+        )
+    longest = min(prompt + request.max_new_tokens, most) - 1  # the last token drawn is never computed
+    if longest > capacity.blocks * capacity.block_tokens:
+        room = capacity.blocks * capacity.block_tokens
+        raise InvalidRequest(
+            f"the request may need memory for {longest} tokens, but there is room for {room}; lower max_tokens",
+            "max_tokens",
+        )
+    if len(request.block_keys) > prompt // capacity.block_tokens:
+        raise InvalidRequest("there are more block keys than full prompt blocks")
+    if request.deadline_s is not None and math.isnan(request.deadline_s):
+        raise InvalidRequest("the deadline is not a number", "deadline")

@@ -1,0 +1,135 @@
+"""Who stands where: the lines of waiting and running requests in the order of the ordering, their deadlines, and the
+bounds of the queue, which says no when it is full and how long to stay away. Decides nothing about who starts.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush
+from operator import attrgetter
+
+from headrace.core.types import Overloaded, Request, RequestId
+from headrace.engine.progress import LEGAL, Progress, State
+
+by_order = attrgetter("order")
+
+_MEASURED = 64  # admissions that the drain rate looks back on
+_SHORTEST_S, _LONGEST_S = 1.0, 600.0  # what a client may be told to wait
+
+
+class Line:
+    """Requests sorted by `order`, which is unique and must not change while they stand in line."""
+
+    __slots__ = ("members",)
+
+    def __init__(self) -> None:
+        self.members: list[Progress] = []
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def add(self, progress: Progress) -> None:
+        insort(self.members, progress, key=by_order)
+
+    def remove(self, progress: Progress) -> None:
+        at = bisect_left(self.members, progress.order, key=by_order)
+        assert self.members[at] is progress, "a request is not where its order says"
+        del self.members[at]
+
+    def check(self) -> None:
+        orders = list(map(by_order, self.members))
+        assert orders == sorted(set(orders)), "a line is out of order"
+
+
+class Lines:
+    """Every live request, in the line of its state. The only place where a state changes."""
+
+    def __init__(self) -> None:
+        self.live: dict[RequestId, Progress] = {}
+        self.waiting, self.prefilling, self.decoding = Line(), Line(), Line()
+        self._of = {State.WAITING: self.waiting, State.PREFILLING: self.prefilling, State.DECODING: self.decoding}
+
+    def enter(self, progress: Progress) -> None:
+        self.live[progress.id] = progress
+        self._of[progress.state].add(progress)
+
+    def move(self, progress: Progress, state: State) -> None:
+        assert state in LEGAL[progress.state], f"a request cannot go from {progress.state.value} to {state.value}"
+        self._of[progress.state].remove(progress)
+        progress.state = state
+        if state is State.FINISHED:
+            del self.live[progress.id]
+        else:
+            self._of[state].add(progress)
+
+    def running(self) -> list[Progress]:
+        """In order. Two sorted lists: sorting merges them."""
+        return sorted(self.decoding.members + self.prefilling.members, key=by_order)
+
+    def reorder(self, key: Callable[[Progress], float]) -> None:
+        for progress in self.live.values():
+            progress.order = (key(progress), progress.arrival_number)
+        for line in self._of.values():
+            line.members.sort(key=by_order)
+
+    def check(self) -> None:
+        for state, line in self._of.items():
+            line.check()
+            assert all(progress.state is state for progress in line.members), f"somebody is in the {state.value} line"
+        in_line = sorted(progress.id for line in self._of.values() for progress in line.members)
+        assert in_line == sorted(self.live), "a request is in no line, in two, or in one it left"
+
+
+class Deadlines:
+    """A heap of live requests by deadline. The finished leave it late, but never outnumber the live for long."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Progress]] = []
+
+    def add(self, progress: Progress) -> None:
+        if progress.request.deadline_s is not None:
+            heappush(self._heap, (progress.request.deadline_s, progress.arrival_number, progress))
+
+    def next(self, live: int) -> Progress | None:
+        """The live request whose deadline comes first."""
+        if len(self._heap) > 2 * live + 16:
+            self._heap = [entry for entry in self._heap if entry[2].state is not State.FINISHED]
+            heapify(self._heap)
+        while self._heap and self._heap[0][2].state is State.FINISHED:
+            heappop(self._heap)
+        return self._heap[0][2] if self._heap else None
+
+
+class Bounds:
+    """How many requests and prompt tokens may wait, and how fast they leave."""
+
+    def __init__(self, max_requests: int, max_tokens: int) -> None:
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._left: deque[tuple[float, int]] = deque(maxlen=_MEASURED)  # (when, prompt tokens) of admissions
+        self.waiting_tokens = 0
+
+    def left(self, progress: Progress, now: float) -> None:
+        """A waiting request was admitted."""
+        self._left.append((now, progress.prompt_tokens))
+
+    def check_room(self, request: Request, waiting: int, now: float) -> None:
+        """Raises Overloaded if one more would be too many. An empty queue takes anybody."""
+        requests = waiting + 1 - self._max_requests
+        tokens = self.waiting_tokens + request.prompt_tokens - self._max_tokens
+        if waiting and (requests > 0 or tokens > 0):
+            retry_s = self._drain_s(max(requests, 0), max(tokens, 0), now)
+            waits = f"{waiting} requests with {self.waiting_tokens} prompt tokens are waiting"
+            raise Overloaded(f"{waits}; try again in {math.ceil(retry_s)} s", retry_s)
+
+    def _drain_s(self, requests: int, tokens: int, now: float) -> float:
+        """Seconds until so much has left, at the rate of the last admissions."""
+        if not self._left:
+            return _SHORTEST_S
+        elapsed_s = max(now - self._left[0][0], 1e-3)
+        left_tokens = sum(tokens for _, tokens in self._left)
+        wait_s = elapsed_s * max(requests / len(self._left), tokens / max(left_tokens, 1))
+        return min(max(wait_s, _SHORTEST_S), _LONGEST_S)

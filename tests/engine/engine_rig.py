@@ -1,0 +1,130 @@
+"""What the tests of the engine share: requests out of numbers, a recording observer, and a rig that steps a scheduler
+against the strict executor and checks every invariant after every event."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from null_executor import NullExecutor, reference
+
+from headrace.core.config import EngineSettings
+from headrace.core.events import Event
+from headrace.core.keys import block_keys
+from headrace.core.ports import Capacity
+from headrace.core.step import StepPlan
+from headrace.core.types import FinishReason, Output, Request, RequestId, Sampling, Tokens
+from headrace.engine.scheduler import Scheduler
+
+
+class Recorder:
+    """Keeps every event."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def observe(self, event: Event) -> None:
+        self.events.append(event)
+
+    def of(self, kind: type) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def make_request(
+    name: str, prompt: Sequence[int], max_new_tokens: int = 4, block_tokens: int = 4, **more: Any
+) -> Request:
+    more.setdefault("block_keys", block_keys(prompt, block_tokens, more.get("salt", b"")))
+    if "prompt_logprobs" in more:
+        more["sampling"] = Sampling(prompt_logprobs=more.pop("prompt_logprobs"))
+    return Request(name, (Tokens(tuple(prompt)),), more.pop("arrival_s", 0.0), max_new_tokens, **more)
+
+
+class Rig:
+    """A scheduler, the strict executor, and everything that came out."""
+
+    def __init__(self, blocks: int = 64, budget: int = 32, *, block_tokens: int = 4, context: int = 64, **more: Any):
+        self.capacity = Capacity(blocks, block_tokens, min(context, blocks * block_tokens), vocab=50)
+        policies = {name: more.pop(name) for name in ("ordering_by", "admission_by") if name in more}
+        self.recorder = Recorder()
+        self.scheduler = Scheduler(
+            EngineSettings(block_tokens=block_tokens, **more),
+            self.capacity,
+            token_budget=budget,
+            observer=self.recorder,
+            ordering=policies.get("ordering_by"),
+            admission=policies.get("admission_by"),
+        )
+        self.executor = NullExecutor(self.capacity)
+        self.now = 0.0
+        self.requests: dict[RequestId, Request] = {}
+        self.outputs: dict[RequestId, list[Output]] = {}
+        self.plans: list[StepPlan] = []
+
+    def add(self, *requests: Request) -> None:
+        for request in requests:
+            self.scheduler.add(request, self.now)
+            self.requests[request.id] = request
+            self.outputs[request.id] = []
+            self.scheduler.check()
+
+    def collect(self, outputs: Sequence[Output]) -> None:
+        for output in outputs:
+            so_far = self.outputs[output.request_id]
+            assert not so_far or so_far[-1].finish is None, "an output after the finish"
+            so_far.append(output)
+        self.scheduler.check()
+
+    def abort(self, name: RequestId) -> None:
+        output = self.scheduler.abort(name, self.now)
+        self.collect([output] if output else [])
+
+    def step(self, *, fails: bool = False, abort_in_flight: RequestId | None = None) -> StepPlan | None:
+        """One round of the loop; returns the plan."""
+        self.now += 1.0
+        self.collect(self.scheduler.expire(self.now))
+        plan = self.scheduler.plan(self.now)
+        self.scheduler.check()
+        if plan is None:
+            return None
+        self.plans.append(plan)
+        result = self.executor.perform(plan)
+        if abort_in_flight is not None:
+            self.abort(abort_in_flight)
+        self.now += 1.0
+        if fails:
+            self.executor.spoil(plan)
+            self.collect(self.scheduler.fail(self.now, "on purpose"))
+        else:
+            self.collect(self.scheduler.commit(result, self.now))
+        return plan
+
+    def drain(self, most_steps: int = 5000) -> None:
+        """Step until idle, then check that nothing is left anywhere and every output is right."""
+        for _ in range(most_steps):
+            if self.step() is None:
+                break
+        else:
+            raise AssertionError("livelock: still busy after so many steps")
+        assert self.scheduler.live == self.scheduler.used_blocks == self.scheduler.waiting_tokens == 0
+        assert not self.executor.known, "the executor was not told to forget everybody"
+        for name in self.requests:
+            self.check_outputs(name)
+
+    def tokens(self, name: RequestId) -> list[int]:
+        return [token for output in self.outputs[name] for token in output.token_ids]
+
+    def finish(self, name: RequestId) -> FinishReason | None:
+        return self.outputs[name][-1].finish if self.outputs[name] else None
+
+    def check_outputs(self, name: RequestId) -> None:
+        """Exactly one finish, and the tokens are those the request would get alone, or the first of them."""
+        outputs, expected = self.outputs[name], reference(self.requests[name], self.capacity)
+        assert [output.finish is not None for output in outputs].count(True) == 1
+        assert outputs[-1].finish is not None and outputs[-1].usage is not None
+        tokens = self.tokens(name)
+        assert tokens == expected[: len(tokens)]
+        assert outputs[-1].usage.output_tokens == len(tokens)
+        if outputs[-1].finish in (FinishReason.STOP, FinishReason.LENGTH):
+            assert tokens == expected
+            stopped = tokens[-1] in self.requests[name].stop_token_ids
+            assert outputs[-1].finish is (FinishReason.STOP if stopped else FinishReason.LENGTH)

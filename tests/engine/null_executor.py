@@ -1,0 +1,186 @@
+"""An executor that computes nothing and believes nothing: it keeps, for every slot of every block, the exact tokens
+that a real one would have made KV from, and verifies each plan against them. Its tokens depend on the request's own
+prefix only, so whatever the scheduler does, a request must get the tokens it would get alone."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+from headrace.core import clock
+from headrace.core.ports import Capacity
+from headrace.core.step import Admitted, Block, Sampled, StepPlan, StepResult, Work
+from headrace.core.types import Request, RequestId, TokenLogprob
+
+Prefix = int  # a hash of all tokens up to and with this one: equal prefixes, equal KV
+
+
+def draw(prefix: Prefix, vocab: int) -> int:
+    """The made-up token after a prefix."""
+    return zlib.crc32(prefix.to_bytes(8, "little", signed=True)) % vocab
+
+
+def prefixes(token_ids: list[int]) -> list[Prefix]:
+    """One per position."""
+    out, prefix = [], 0
+    for token in token_ids:
+        prefix = zlib.crc32(token.to_bytes(8, "little"), prefix)
+        out.append(prefix)
+    return out
+
+
+def reference(request: Request, capacity: Capacity) -> list[int]:
+    """The output of a request that runs alone."""
+    ids = list(request.prompt_ids() or ())
+    prompt = len(ids)
+    while len(ids) < min(prompt + request.max_new_tokens, capacity.max_context_tokens):
+        ids.append(draw(prefixes(ids)[-1], capacity.vocab))
+        if ids[-1] in request.stop_token_ids:
+            break
+    return ids[prompt:]
+
+
+@dataclass
+class Known:
+    """What the executor remembers of one request."""
+
+    request: Request
+    token_ids: list[int]
+    blocks: list[Block]
+    computed: int
+    computed_once: list[int] = field(default_factory=list)  # positions, since this admission
+
+
+class NullExecutor:
+    """`step_s` seconds of virtual time per step; `failing` step numbers raise instead."""
+
+    def __init__(self, capacity: Capacity, step_s: float = 0.01, failing: frozenset[int] = frozenset()) -> None:
+        self._capacity = capacity
+        self.step_s = step_s
+        self.failing = failing
+        self.known: dict[RequestId, Known] = {}
+        self.slots: dict[tuple[Block, int], Prefix] = {}
+        self.plans: list[StepPlan] = []
+        self.computed_tokens = 0
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._capacity
+
+    async def run(self, plan: StepPlan) -> StepResult:
+        await clock.sleep(self.step_s)
+        if plan.step in self.failing:
+            self.perform(plan)
+            self.spoil(plan)
+            raise RuntimeError("the device fell over")
+        return self.perform(plan)
+
+    async def close(self) -> None:
+        self.known.clear()
+
+    def spoil(self, plan: StepPlan) -> None:
+        """What a failed step leaves: no requests, and garbage wherever it may have written."""
+        size = self._capacity.block_tokens
+        for work in plan.work:
+            for position in range(work.start, work.start + work.tokens):
+                self.slots.pop((self.known[work.request_id].blocks[position // size], position % size), None)
+        self.known.clear()
+
+    def perform(self, plan: StepPlan) -> StepResult:
+        assert not self.plans or plan.step > self.plans[-1].step, "step numbers must grow"
+        self.plans.append(plan)
+        for request_id in plan.released:
+            assert request_id in self.known, "released a request that the executor does not know"
+            del self.known[request_id]
+        for admitted in plan.admitted:
+            self._admit(admitted)
+        served = [work.request_id for work in plan.work]
+        assert len(set(served)) == len(served), "a request has two works in one step"
+        assert {admitted.request.id for admitted in plan.admitted} <= set(served), "admitted without work"
+        for work in plan.work:
+            self._extend_table(work)
+        self._check_writers(plan)
+        for work in plan.work:  # all writes before all reads, as within a layer
+            self._write(work)
+        for known in self.known.values():
+            self._read(known)
+        return StepResult(
+            plan.step,
+            {work.request_id: self._sample(work) for work in plan.work if work.sample},
+            {work.request_id: logprobs for work in plan.work if (logprobs := self._prompt_logprobs(work))},
+        )
+
+    def _admit(self, admitted: Admitted) -> None:
+        request = admitted.request
+        assert request.id not in self.known, "admitted twice"
+        assert admitted.start % self._capacity.block_tokens == 0
+        assert len(admitted.blocks) * self._capacity.block_tokens == admitted.start
+        token_ids = [*(request.prompt_ids() or ()), *admitted.output_ids]
+        assert admitted.start < len(token_ids), "the last token must be computed"
+        if request.sampling.prompt_logprobs is not None:
+            assert admitted.start == 0, "a request that wants prompt logprobs read the cache"
+        self.known[request.id] = Known(request, token_ids, list(admitted.blocks), admitted.start)
+
+    def _extend_table(self, work: Work) -> None:
+        known = self.known[work.request_id]
+        size = self._capacity.block_tokens
+        for at, block in work.replaced_blocks:
+            assert known.blocks[at] != block
+            known.blocks[at] = block
+        known.blocks.extend(work.new_blocks)
+        assert work.start >= known.computed, "computed twice"
+        if work.start > known.computed:
+            assert work.start % size == 0, "skipped tokens that no block can hold"
+        known.computed = work.start
+        end = work.start + work.tokens
+        assert work.tokens >= 1
+        assert end <= len(known.token_ids), "computed a token nobody knows"
+        assert work.sample == (end == len(known.token_ids))
+        assert len(known.blocks) == -(-end // size), "the table is too short or too long"
+        assert len(set(known.blocks)) == len(known.blocks), "a table names a block twice"
+        assert all(0 <= block < self._capacity.blocks for block in known.blocks)
+
+    def _check_writers(self, plan: StepPlan) -> None:
+        """Nobody writes a block that somebody else has in the table, unless that one expects the same content."""
+        size = self._capacity.block_tokens
+        holders: dict[Block, list[tuple[RequestId, int]]] = {}
+        for request_id, known in self.known.items():
+            for at, block in enumerate(known.blocks):
+                holders.setdefault(block, []).append((request_id, at))
+        for work in plan.work:
+            known = self.known[work.request_id]
+            for at in range(work.start // size, -(-(work.start + work.tokens) // size)):
+                for other_id, other_at in holders[known.blocks[at]]:
+                    other, end = self.known[other_id], (at + 1) * size
+                    assert other_at == at
+                    assert other is known or other.token_ids[:end] == known.token_ids[:end], "wrote into a shared block"
+
+    def _write(self, work: Work) -> None:
+        known, size = self.known[work.request_id], self._capacity.block_tokens
+        made = prefixes(known.token_ids[: work.start + work.tokens])
+        for position in range(work.start, work.start + work.tokens):
+            self.slots[known.blocks[position // size], position % size] = made[position]
+            known.computed_once.append(position)
+        assert len(set(known.computed_once)) == len(known.computed_once), "a position was computed twice"
+        known.computed = work.start + work.tokens
+        self.computed_tokens += work.tokens
+
+    def _read(self, known: Known) -> None:
+        """Attention reads every computed position through the table: it must find exactly its own prefix."""
+        size = self._capacity.block_tokens
+        expected = prefixes(known.token_ids[: known.computed])
+        found = [self.slots.get((known.blocks[at // size], at % size)) for at in range(known.computed)]
+        assert found == expected, f"{known.request.id} reads KV that is not its own"
+
+    def _sample(self, work: Work) -> Sampled:
+        known = self.known[work.request_id]
+        token = draw(prefixes(known.token_ids)[-1], self._capacity.vocab)
+        known.token_ids.append(token)
+        return Sampled((token,))
+
+    def _prompt_logprobs(self, work: Work) -> tuple[TokenLogprob, ...]:
+        known = self.known[work.request_id]
+        if known.request.sampling.prompt_logprobs is None:
+            return ()
+        last = min(work.start + work.tokens, known.request.prompt_tokens - 1)
+        return tuple(TokenLogprob(known.token_ids[at], -float(at)) for at in range(work.start + 1, last + 1))
