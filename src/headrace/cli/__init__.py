@@ -1,0 +1,50 @@
+"""The door: parses the command line, assembles the rooms and starts them. The only place that may import every room.
+
+One file per command; each has `add(subparsers)` for its flags and `run(args)` for its work. Rooms are imported inside
+`run`, so that `headrace --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import headrace
+from headrace.cli import bench, chat, models, pull, serve
+from headrace.core.types import HeadraceError
+
+COMMANDS = (serve, chat, bench, pull, models)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `headrace`. Returns the exit status: 0 fine, 1 a command that ran found failures, 2 bad input."""
+    args = parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        return status
+    except HeadraceError as error:
+        print(f"headrace {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="headrace", description=headrace.__doc__, formatter_class=Formatter)
+    top.add_argument("--version", action="version", version=f"headrace {headrace.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return top
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions and gives the help texts a column of their own."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

