@@ -1,8 +1,9 @@
 """Which KV blocks each request holds: takes them as tokens are planned, adopts those that already hold the same
 content, names full ones so that others can find them, and gives them back. Owns the pool and the prefix index.
 
-Blocks are named when their tokens are planned, not when they are computed: within a step all KV writes of a layer
-come before its attention, so two requests of one step may share. If that step fails, the new names are dropped.
+Prompt blocks are named when their tokens are planned, not when they are computed: within a step all KV writes of a
+layer come before its attention, so two requests of one step may share. If that step fails, the new names are dropped.
+Generated blocks are named when the request leaves.
 
     table of one request      | named, maybe shared | named, own | being filled |
     tokens            0       computed by others        computed_tokens ^
@@ -72,27 +73,32 @@ class Memory:
 
     def grow(self, progress: Progress, tokens: int) -> tuple[Block, ...]:
         """Take blocks until the table holds `tokens`; the caller has made sure that they are there."""
-        missing = self.blocks_for(tokens) - len(progress.blocks)
-        if missing <= 0:
-            return ()
-        taken = tuple(self.pool.allocate() for _ in range(missing))
-        progress.blocks += taken
-        return taken
+        table, allocate = progress.blocks, self.pool.allocate
+        before = len(table)
+        while len(table) * self.block_tokens < tokens:
+            table.append(allocate())
+        return tuple(table[before:])
 
     def name(self, progress: Progress, fresh: list[BlockKey]) -> None:
-        """Enter the full blocks into the index and append the keys that are new there to `fresh`."""
+        """Enter the full blocks whose keys are known into the index; append the keys that are new there to `fresh`."""
         if not progress.writes_cache:
             return
-        keys, at = progress.keys, progress.named_blocks
-        full = progress.computed_tokens // self.block_tokens
-        while at < full and (at < len(keys) or self._next_key(progress)):
-            if self.index.insert(keys[at], progress.blocks[at]):
+        at, keys, insert = progress.named_blocks, progress.keys, self.index.insert
+        full = min(progress.computed_tokens // self.block_tokens, len(keys))
+        while at < full:
+            if insert(keys[at], progress.blocks[at]):
                 fresh.append(keys[at])
             at += 1
         progress.named_blocks = at
 
-    def release(self, progress: Progress) -> None:
-        """Give all blocks back, last first; those with a name stay findable until they are needed."""
+    def release(self, progress: Progress, fresh: list[BlockKey]) -> None:
+        """Give all blocks back, last first. Those with a name stay findable until they are needed, so what was
+        generated gets its names now: nobody can ask for it sooner than in a next turn."""
+        if progress.writes_cache:
+            full = progress.computed_tokens // self.block_tokens
+            while len(progress.keys) < full and self._next_key(progress):
+                pass
+            self.name(progress, fresh)
         self.pool.release(reversed(progress.blocks))
         progress.blocks = []
         progress.computed_tokens = progress.named_blocks = 0
@@ -115,12 +121,12 @@ class Memory:
 
     def _next_key(self, progress: Progress) -> bool:
         """Continue the chain of keys by one generated block, if its prompt part was named and its tokens are known."""
-        at, size = len(progress.keys), self.block_tokens
-        if at < progress.prompt_tokens // size:
+        keys, size = progress.keys, self.block_tokens
+        start = len(keys) * size
+        if start + size <= progress.prompt_tokens:
             return False
-        ids = progress.token_ids(at * size, (at + 1) * size)
+        ids = progress.token_ids(start, start + size)
         if ids is None:
             return False
-        previous = progress.keys[-1] if progress.keys else first_key(progress.request.salt)
-        progress.keys.append(next_key(previous, ids))
+        keys.append(next_key(keys[-1] if keys else first_key(progress.request.salt), ids))
         return True

@@ -5,7 +5,7 @@ only the scheduler and its memory write here, policies read it through `policy.R
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 from headrace.core.ports import Capacity
@@ -18,7 +18,7 @@ class State(Enum):
 
     WAITING = "waiting"  # holds no blocks; the executor does not know it
     PREFILLING = "prefilling"  # running, and has yet to catch up with its known tokens since it was admitted
-    DECODING = "decoding"  # running, one token behind between steps
+    DECODING = "decoding"  # running, and one token behind: the one drawn last, or being drawn
     FINISHED = "finished"
 
 
@@ -43,7 +43,7 @@ class Progress:
         "first_token_s",
         "id",
         "keys",
-        "known_tokens",
+        "last_tokens",
         "limit_tokens",
         "logprobs_sent",
         "named_blocks",
@@ -57,7 +57,6 @@ class Progress:
         "served_step",
         "state",
         "stop_token_ids",
-        "tokens_left",
         "writes_cache",
     )
 
@@ -70,8 +69,7 @@ class Progress:
         self.state = State.WAITING
         self.prompt_tokens = request.prompt_tokens
         self.limit_tokens = min(self.prompt_tokens + request.max_new_tokens, max_context_tokens)
-        self.tokens_left = self.limit_tokens - self.prompt_tokens  # may still be drawn
-        self.known_tokens = self.prompt_tokens  # counts a token from the moment its drawing is planned
+        self.last_tokens = self.limit_tokens - 1  # computed tokens of its last step: the last one drawn is not computed
         self.computed_tokens = 0  # counts a token from the moment its computation is planned
         self.output_ids: list[int] = []
         self.blocks: list[Block] = []
@@ -88,6 +86,13 @@ class Progress:
         self.preemptions = 0
 
     @property
+    def known_tokens(self) -> int:
+        """Prompt and output, counting a token from the moment its drawing is planned."""
+        if self.state is State.DECODING:
+            return self.computed_tokens + 1
+        return self.prompt_tokens + len(self.output_ids)
+
+    @property
     def held_blocks(self) -> int:
         return len(self.blocks)
 
@@ -98,13 +103,15 @@ class Progress:
     def usage(self) -> Usage:
         return Usage(self.prompt_tokens, len(self.output_ids), self.cached_tokens, self.preemptions)
 
-    def token_ids(self, start: int, end: int) -> tuple[int, ...] | None:
+    def token_ids(self, start: int, end: int) -> Sequence[int] | None:
         """Tokens [start, end) of prompt and output, or None where their values are not known."""
-        offset = self.prompt_tokens
-        ids = () if start >= offset else prompt_slice(self.request, start, min(end, offset))
-        if ids is None or end > offset + len(self.output_ids):
+        start, end = start - self.prompt_tokens, end - self.prompt_tokens  # in the output
+        if end > len(self.output_ids):
             return None
-        return ids + tuple(self.output_ids[max(0, start - offset) : max(0, end - offset)])
+        if start >= 0:
+            return self.output_ids[start:end]
+        ids = prompt_slice(self.request, self.prompt_tokens + start, self.prompt_tokens + min(end, 0))
+        return None if ids is None else (*ids, *self.output_ids[: max(end, 0)])
 
 
 def prompt_slice(request: Request, start: int, end: int) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import compress, repeat
 
 from headrace.core import events
 from headrace.core.config import EngineSettings
@@ -25,6 +25,7 @@ from headrace.core.types import (
     Overloaded,
     Request,
     RequestId,
+    TokenLogprob,
 )
 from headrace.engine import policy
 from headrace.engine.memory import Memory
@@ -32,9 +33,10 @@ from headrace.engine.policy import Admission, BatchFormer, BatchView, Ordering, 
 from headrace.engine.progress import Progress, State, check_servable
 from headrace.engine.queue import Bounds, Deadlines, Lines
 
-# Hundreds of these are made per step; calling the named constructors would double the cost of a step.
-_work = partial(tuple.__new__, Work)
-_output = partial(tuple.__new__, Output)
+_new = tuple.__new__  # map(_new, repeat(Work), zip(columns)) makes rows ten times faster than calling Work does
+
+
+_Drawn = tuple[list[tuple[int, ...]], list[int], list[tuple[TokenLogprob, ...]]]  # as drawn, the token, logprobs
 
 
 class BadResult(HeadraceError):
@@ -49,11 +51,18 @@ class _Step:
     now: float
     decoding: tuple[Progress, ...]
     work: list[Work] = field(default_factory=list)
-    served: list[Progress] = field(default_factory=list)  # one per work
+    drawing: list[Progress] = field(default_factory=list)  # whose work samples
+    first: list[Progress] = field(default_factory=list)  # of these, who draw for the first time
     admitted: list[Admitted] = field(default_factory=list)
     fresh: list[BlockKey] = field(default_factory=list)  # named in this step: true only if it succeeds
     tokens: int = 0
     preempted: bool = False
+
+    def leave(self, progress: Progress) -> None:
+        """A request ended while the step ran: whatever it draws is nobody's."""
+        for some in (self.drawing, self.first):
+            if progress in some:
+                some.remove(progress)
 
 
 class Scheduler:
@@ -175,25 +184,27 @@ class Scheduler:
         step = self._flight
         if step is None or step.number != result.step:
             raise BadResult(f"the executor answered step {result.step}, which is not in flight")
-        drawing = [progress for progress, work in zip(step.served, step.work, strict=True) if work.sample]
-        _check_drawn(drawing, result)
+        ids = [progress.id for progress in step.drawing]
+        drawn = _drawn(ids, result)
         self._flight = None
         self._observe(events.StepDone(now, step.number, now - step.now, step.tokens))
-        outputs = _prompt_logprobs(step, result) if result.prompt_logprobs else []
-        self._draw(drawing, result, now, outputs)
+        outputs = self._prompt_logprobs(step, result) if result.prompt_logprobs else []
+        if ids:
+            outputs += self._draw(step, ids, drawn, now)
         return outputs
 
     def fail(self, now: float, error: Exception | str) -> list[Output]:
         """The step in flight failed: its requests end with an error, and what it promised to compute is forgotten. The
         executor knows nobody any more, so those who were running beside the step start over, from the cache."""
-        step, self._flight = self._flight, None
+        step = self._flight
         if step is None:
             return []
-        self._memory.forget(step.fresh)
-        self._first_is_stuck = False
         message = f"the step failed: {error}"
-        served = [progress for progress in step.served if progress.state is not State.FINISHED]
-        outputs = [self._finish(progress, FinishReason.ERROR, now, message) for progress in served]
+        served = self._served(step)
+        outputs = [self._finish(progress, FinishReason.ERROR, now, message) for progress, _ in served]
+        self._memory.forget(step.fresh)
+        self._flight = None
+        self._first_is_stuck = False
         for progress in self._lines.running():
             self._preempt(progress, now, "a step failed")
         self._released.clear()
@@ -208,6 +219,7 @@ class Scheduler:
         assert self._reserved_blocks == sum(map(self._longest_blocks, lines.running()))
         for progress in lines.live.values():
             assert progress.computed_tokens < progress.known_tokens <= progress.limit_tokens
+            assert self._flight or progress.known_tokens == progress.prompt_tokens + len(progress.output_ids)
             assert not (progress.state is State.WAITING and progress.blocks), "a waiting request holds blocks"
 
     # -- planning ------------------------------------------------------------------------------------------------------
@@ -326,44 +338,48 @@ class Scheduler:
         step: _Step,
     ) -> None:
         """Put work into the step: the numbers move now."""
+        sample = start + tokens == progress.known_tokens
         progress.computed_tokens = start + tokens
-        sample = progress.computed_tokens == progress.known_tokens
         if sample:
-            progress.known_tokens += 1
+            step.drawing.append(progress)
+            if not progress.output_ids:
+                step.first.append(progress)
             if progress.state is State.PREFILLING:
                 self._move(progress, State.DECODING)
         progress.served_step = step.number
         self._memory.name(progress, step.fresh)
         step.work.append(Work(progress.id, start, tokens, sample, new_blocks, replaced))
-        step.served.append(progress)
         step.tokens += tokens
 
     def _decode(self, step: _Step) -> int:
-        """`_serve` for all that are one token behind: the same, without what cannot happen to them. This is the inner
-        loop of every step, hence the local names."""
-        number, size, memory, fresh = step.number, self._block_tokens, self._memory, step.fresh
-        append, serve, before = step.work.append, step.served.append, len(step.work)
-        last = size - 1
-        for progress in step.decoding:
-            if progress.served_step == number:  # served, or preempted
+        """`_serve` for all that are one token behind, without what cannot happen to them and column by column: in most
+        steps they are nearly all there is to do. Every `block_tokens`-th step of a request begins a block."""
+        number, size, memory = step.number, self._block_tokens, self._memory
+        ready: Sequence[Progress] = step.decoding
+        some_wait = bool(step.work)
+        starts = [progress.computed_tokens for progress in ready]
+        blocks: list[tuple[Block, ...]] = [()] * len(ready)
+        for at in [at for at, start in enumerate(starts) if not start % size]:
+            progress = ready[at]
+            if progress.served_step == number:
                 continue
-            start = progress.computed_tokens
-            offset = start % size
-            new_blocks: tuple[Block, ...] = ()
-            if not offset:
-                if not self._make_room(progress, (), 1, step):
-                    continue
-                new_blocks = memory.grow(progress, start + 1)
-            append(_work((progress.id, start, 1, True, new_blocks, (), None, 0)))
-            serve(progress)
+            if memory.pool.free or self._make_room(progress, (), 1, step):
+                blocks[at] = memory.grow(progress, starts[at] + 1)
+            else:
+                progress.served_step, some_wait = number, True  # it has had its turn
+        if some_wait or step.preempted:
+            chosen = [progress.served_step != number for progress in ready]
+            ready, starts = list(compress(ready, chosen)), list(compress(starts, chosen))
+            blocks = list(compress(blocks, chosen))
+        ids = [progress.id for progress in ready]
+        columns = zip(ids, starts, repeat(1), repeat(True), blocks, repeat(()), repeat(None), repeat(0))
+        step.work += map(_new, repeat(Work), columns)
+        for progress in ready:
+            progress.computed_tokens += 1
             progress.served_step = number
-            progress.computed_tokens = start + 1
-            progress.known_tokens = start + 2
-            if offset == last:
-                memory.name(progress, fresh)
-        granted = len(step.work) - before
-        step.tokens += granted
-        return granted
+        step.drawing += ready
+        step.tokens += len(ready)
+        return len(ready)
 
     def _make_room(self, progress: Progress, hits: Sequence[Block], own: int, step: _Step) -> bool:
         """See that `hits` can be adopted and `own` blocks taken, if need be by preempting requests behind this one that
@@ -394,40 +410,53 @@ class Scheduler:
 
     # -- what became of it ---------------------------------------------------------------------------------------------
 
-    def _draw(self, drawing: Sequence[Progress], result: StepResult, now: float, outputs: list[Output]) -> None:
-        """Append the drawn tokens to their requests and an output for each to `outputs`; end those that are through."""
-        sampled, append = result.sampled, outputs.append
-        ids: list[RequestId] = []
-        first: list[RequestId] = []
-        ended: list[tuple[int, Progress]] = []
-        for progress in drawing:
-            if progress.state is State.FINISHED:  # aborted while the step ran
-                continue
-            request_id = progress.id
-            drawn = sampled[request_id]
-            token_ids = drawn.token_ids
-            progress.output_ids += token_ids
-            progress.tokens_left -= 1
-            if not progress.tokens_left or token_ids[0] in progress.stop_token_ids:
-                ended.append((len(outputs), progress))
-            append(_output((request_id, token_ids, drawn.logprobs, (), None, None, None)))
-            ids.append(request_id)
-            if progress.first_token_s is None:
-                progress.first_token_s = now
-                first.append(request_id)
-        if ids:
-            self._observe(events.Drew(now, tuple(ids), (1,) * len(ids), tuple(first)))
-        for at, progress in ended:
+    def _served(self, step: _Step) -> list[tuple[Progress, Work]]:
+        """Those of a step who are still here. An id may have come back as another request meanwhile."""
+        live = self._lines.live
+        pairs = [(live[work.request_id], work) for work in step.work if work.request_id in live]
+        return [pair for pair in pairs if pair[0].served_step == step.number]
+
+    def _prompt_logprobs(self, step: _Step, result: StepResult) -> list[Output]:
+        """Logprobs of prompt positions as outputs of their own. A chunk from `start` on yields those of start + 1 and
+        following; after a preemption, positions come again and are dropped."""
+        outputs = []
+        for progress, work in self._served(step):
+            logprobs = result.prompt_logprobs.get(progress.id, ())[max(0, progress.logprobs_sent - work.start) :]
+            if logprobs:
+                progress.logprobs_sent += len(logprobs)
+                outputs.append(Output(progress.id, prompt_logprobs=tuple(logprobs)))
+        return outputs
+
+    def _draw(self, step: _Step, ids: list[RequestId], drawn: _Drawn, now: float) -> list[Output]:
+        """Append the drawn tokens to their requests, and end those that are through."""
+        token_ids, tokens, logprobs = drawn
+        columns = zip(ids, token_ids, logprobs, repeat(()), repeat(None), repeat(None), repeat(None))
+        outputs: list[Output] = list(map(_new, repeat(Output), columns))
+        ended: list[Progress] = []
+        for progress, token in zip(step.drawing, tokens, strict=True):
+            progress.output_ids.append(token)
+            if token in progress.stop_token_ids or progress.computed_tokens == progress.last_tokens:
+                ended.append(progress)
+        for progress in step.first:
+            progress.first_token_s = now
+        first = tuple(progress.id for progress in step.first)
+        self._observe(events.Drew(now, tuple(ids), (1,) * len(ids), first))
+        for progress in ended:
             stopped = progress.output_ids[-1] in progress.stop_token_ids
             end = self._finish(progress, FinishReason.STOP if stopped else FinishReason.LENGTH, now)
+            at = ids.index(progress.id)
             outputs[at] = outputs[at]._replace(finish=end.finish, usage=end.usage)
+        return outputs
 
     def _finish(self, progress: Progress, reason: FinishReason, now: float, error: str | None = None) -> Output:
         """The one end of a request: its blocks go back, and the executor is told to forget it if it knew it."""
-        self._memory.release(progress)
+        flight = self._flight
+        self._memory.release(progress, flight.fresh if flight else [])
         if progress.state is not State.WAITING:
             self._released.append(progress.id)
         self._move(progress, State.FINISHED)
+        if flight:
+            flight.leave(progress)
         request, usage = progress.request, progress.usage()
         times = (request.arrival_s, progress.first_admitted_s, progress.first_token_s)
         self._observe(events.Finished(now, progress.id, reason, usage, *times, request.max_new_tokens))
@@ -436,7 +465,7 @@ class Scheduler:
     def _preempt(self, progress: Progress, now: float, reason: str) -> None:
         """Back to waiting, to its old place in the ordering; its blocks stay cached as long as nobody needs them."""
         self._observe(events.Preempted(now, progress.id, progress.computed_tokens, reason))
-        self._memory.release(progress)
+        self._memory.release(progress, [])
         self._move(progress, State.WAITING)
         self._released.append(progress.id)
         progress.preemptions += 1
@@ -450,25 +479,17 @@ class Scheduler:
         self._reserved_blocks += self._longest_blocks(progress) * (progress.running - was_running)
 
     def _longest_blocks(self, progress: Progress) -> int:
-        return self._memory.blocks_for(progress.limit_tokens - 1)
+        return self._memory.blocks_for(progress.last_tokens)
 
 
-def _check_drawn(drawing: Sequence[Progress], result: StepResult) -> None:
-    """Each of them drew exactly one token: a plan without drafts cannot yield more."""
+def _drawn(ids: Sequence[RequestId], result: StepResult) -> _Drawn:
+    """What each of them drew: exactly one token, for a plan without drafts cannot yield more."""
     sampled = result.sampled
-    for progress in drawing:
-        drawn = sampled.get(progress.id)
-        if drawn is None or len(drawn.token_ids) != 1:
-            raise BadResult(f"the executor drew no token, or several, for request {progress.id}")
-
-
-def _prompt_logprobs(step: _Step, result: StepResult) -> list[Output]:
-    """Logprobs of prompt positions as outputs of their own. A chunk from `start` on yields those of start + 1 and
-    following; after a preemption, positions come again and are dropped."""
-    outputs = []
-    for progress, work in zip(step.served, step.work, strict=True):
-        logprobs = result.prompt_logprobs.get(progress.id, ())[max(0, progress.logprobs_sent - work.start) :]
-        if logprobs and progress.state is not State.FINISHED:
-            progress.logprobs_sent += len(logprobs)
-            outputs.append(Output(progress.id, prompt_logprobs=tuple(logprobs)))
-    return outputs
+    try:
+        drawn = [sampled[request_id] for request_id in ids]
+        token_ids = [one.token_ids for one in drawn]
+        return token_ids, [token for (token,) in token_ids], [one.logprobs for one in drawn]
+    except KeyError as error:
+        raise BadResult(f"the executor drew no token for request {error}") from error
+    except ValueError as error:
+        raise BadResult("the executor drew several tokens, or none, where one was asked for") from error
