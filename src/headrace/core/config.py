@@ -113,6 +113,7 @@ class GatewaySettings:
     max_body: Bytes = setting(Bytes(8 << 20), "largest request body")
     max_choices: int = setting(128, "largest n")
     drain_timeout_s: float = setting(30.0, "seconds that running requests get after SIGTERM")
+    metrics_prefix: str = setting("headrace:", "what metric names begin with; vllm: for dashboards that ask for that")
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
