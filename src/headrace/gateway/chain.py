@@ -1,0 +1,169 @@
+"""The one shape of the gateway: a handler takes a `Call` and streams `Event`s, as a service takes a request.
+
+A wire format is translated to these values at the edge and nowhere else; everything between the edge and the service
+(limits, logs, caches, the text itself) is a handler around a handler. This module owns no state.
+
+    bytes -> dialect -> Call -> logged -> ... -> Generation -> Service
+    bytes <- dialect <- Event <-       <- ... <-            <- Output
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from headrace.core import clock
+from headrace.core.types import FinishReason, RequestId, Sampling, TokenLogprob, Usage
+from headrace.gateway.errors import LOG, Refused
+
+T = TypeVar("T")
+Prompt = str | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that the model's chat template turns into one prompt."""
+
+    messages: tuple[Mapping[str, Any], ...]  # each with "role" and "content", both strings
+    options: Mapping[str, bool] = field(default_factory=dict)  # template variables that a client may set
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a client wants, in no dialect. It yields len(prompts) x `choices` choices, numbered prompt by prompt."""
+
+    id: RequestId
+    asked: Chat | tuple[Prompt, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int | None = None  # per choice; None: what is left of the context
+    choices: int = 1  # per prompt
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    model: str = ""
+    tenant: str = ""
+    cache_salt: str = ""  # calls with different salts share no KV
+    client_id: str = ""  # the X-Request-Id, for the log
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The first event, sent with the first token: until then a call can still be refused as a whole."""
+
+    prompts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step added to one choice. `text` never ends inside a character or inside a possible stop string."""
+
+    choice: int
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens whose text has been released
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # for prompt positions 1.., in order
+    finish: FinishReason | None = None  # STOP or LENGTH, on the choice's last piece
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last event. Usage is summed over choices, but a prompt shared by several choices counts once."""
+
+    usage: Usage
+
+
+Event = Began | Piece | Ended
+Handler = Callable[[Call], AsyncIterator[Event]]
+
+
+@asynccontextmanager
+async def closing(events: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+    """Close an iterator however the block ends: leaving one half-read is how a client that went away is told on."""
+    try:
+        yield events
+    finally:
+        aclose = getattr(events, "aclose", None)
+        if aclose is not None:
+            await aclose()
+
+
+async def merged(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[T]:
+    """Items of all streams in the order they appear. The first failure closes the others and is raised."""
+    if len(streams) == 1:
+        async with closing(streams[0]) as only:
+            async for item in only:
+                yield item
+        return
+    ready: asyncio.Queue[T | BaseException | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(stream, ready)) for stream in streams]
+    try:
+        open_streams = len(tasks)
+        while open_streams:
+            match await ready.get():
+                case None:
+                    open_streams -= 1
+                case BaseException() as error:
+                    raise error
+                case item:
+                    yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(stream: AsyncIterator[T], ready: asyncio.Queue[T | BaseException | None]) -> None:
+    try:
+        async with closing(stream) as items:
+            async for item in items:
+                ready.put_nowait(item)
+    except Exception as error:
+        ready.put_nowait(error)
+    else:
+        ready.put_nowait(None)
+
+
+def logged(handler: Handler) -> Handler:
+    """One line per call when it is over, whatever became of it. Prompts and answers are never in it."""
+
+    async def call_and_log(call: Call) -> AsyncIterator[Event]:
+        start_s = clock.now()
+        first_s: float | None = None
+        usage, outcome = Usage(0, 0, 0), "gone"
+        reasons: list[str] = []
+        try:
+            async with closing(handler(call)) as events:
+                async for event in events:
+                    if isinstance(event, Piece):
+                        first_s = clock.now() if first_s is None else first_s
+                        if event.finish is not None:
+                            reasons.append(event.finish)
+                    elif isinstance(event, Ended):
+                        usage, outcome = event.usage, "+".join(sorted(set(reasons)))
+                    yield event
+        except Refused as error:
+            outcome = f"refused-{error.status}"
+            raise
+        except Exception as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            _log(call, usage, outcome, None if first_s is None else first_s - start_s, clock.now() - start_s)
+
+    return call_and_log
+
+
+def _log(call: Call, usage: Usage, outcome: str, ttft_s: float | None, total_s: float) -> None:
+    LOG.info(
+        "%s%s prompt=%d cached=%d output=%d ttft=%s total=%.3fs finish=%s",
+        call.id,
+        f" client={call.client_id}" if call.client_id else "",
+        usage.prompt_tokens,
+        usage.cached_tokens,
+        usage.output_tokens,
+        "-" if ttft_s is None else f"{ttft_s:.3f}s",
+        total_s,
+        outcome,
+    )

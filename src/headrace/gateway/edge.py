@@ -1,0 +1,231 @@
+"""Where HTTP meets the handlers: bodies in, bytes out, errors, and clients that go away.
+
+An `Endpoint` serves one path of one dialect; a dialect is two functions, so a further one is one file. The `Door`
+stands before every route: it checks the Host header, names the request, and lets no exception out. No state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from headrace.gateway import bounds
+from headrace.gateway.chain import Call, Event, Handler, closing
+from headrace.gateway.errors import Refused, bad, refused
+from headrace.gateway.text import Text
+
+JSON = b"application/json"
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a dialect may know about the server and the connection."""
+
+    model: str
+    text: Text
+    max_choices: int
+    client_id: str = ""  # X-Request-Id
+    tenant: str = ""
+
+
+class Reply(Protocol):
+    """How the events of one call look in one dialect. Either streamed (feed, end or failed) or whole (feed, body)."""
+
+    @property
+    def stream(self) -> bool: ...
+
+    def feed(self, event: Event) -> bytes: ...
+
+    def end(self) -> bytes: ...
+
+    def failed(self, error: Refused) -> bytes:
+        """The end of a stream that had begun."""
+        ...
+
+    def body(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    parse: Callable[[bytes, Context], tuple[Call, Reply]]  # raises Refused
+    error_body: Callable[[Refused], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An ASGI application: one POST path."""
+
+    dialect: Dialect
+    handler: Handler
+    context: Context
+    max_body: int
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await read_body(scope, receive, self.max_body)
+            context = replace(self.context, client_id=scope["state"]["client_id"])
+            call, reply = self.dialect.parse(body, context)
+            await unless_gone(receive, self._answer(call, reply, send))
+        except Exception as error:
+            refusal = refused(error)
+            await respond(send, refusal.status, self.dialect.error_body(refusal), refusal.headers)
+
+    async def _answer(self, call: Call, reply: Reply, send: Send) -> None:
+        async with closing(self.handler(call)) as events:
+            if reply.stream:
+                await self._stream(events, reply, send)
+                return
+            async for event in events:
+                reply.feed(event)
+        await respond(send, 200, reply.body())
+
+    async def _stream(self, events: AsyncIterator[Event], reply: Reply, send: Send) -> None:
+        first = await anext(events)  # whatever is refused before this still gets a status of its own
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        headers.append((b"x-accel-buffering", b"no"))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            chunk = reply.feed(first)
+            async for event in events:
+                # the first event carries no text, so it travels with the one that follows at once
+                if chunk := chunk + reply.feed(event):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                chunk = b""
+            last = reply.end()
+        except Exception as error:
+            last = reply.failed(refused(error))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def unless_gone(receive: Receive, work: Coroutine[object, object, None]) -> None:
+    """Run `work`, but cancel it as soon as the client has closed its connection."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        leaving.cancel()
+        if not working.done():
+            working.cancel()
+        results = await asyncio.gather(working, leaving, return_exceptions=True)
+    if isinstance(results[0], Exception):
+        raise results[0]
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_body(scope: Scope, receive: Receive, max_body: int) -> bytes:
+    """The whole body. Raises Refused if it is too large, too slow, or not said to be JSON."""
+    headers = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if kind != JSON:
+        raise Refused(415, "Send JSON with the header 'Content-Type: application/json'.", code="unsupported_media_type")
+    too_large = Refused(413, f"The request body is larger than {max_body} bytes.", code="body_too_large")
+    if int(headers.get(b"content-length", b"0")) > max_body:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(bounds.BODY_TIMEOUT_S):
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise bad("The connection closed before the body was complete.")
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+                if len(body) > max_body:
+                    raise too_large
+    except TimeoutError:
+        limit_s = bounds.BODY_TIMEOUT_S
+        raise Refused(408, f"The body did not arrive within {limit_s:g} s.", code="body_timeout") from None
+    return bytes(body)
+
+
+async def respond(
+    send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]] | None = None, kind: bytes = JSON
+) -> None:
+    all_headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *(headers or [])]
+    await send({"type": "http.response.start", "status": status, "headers": all_headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """Middleware before every route."""
+
+    app: ASGIApp
+    hosts: frozenset[str]  # names a browser may know us by; empty: any
+    error_body: Callable[[Refused], bytes]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        client_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else ""
+        scope.setdefault("state", {})["client_id"] = client_id
+        name = (client_id or f"req-{secrets.token_hex(12)}").encode()
+        started = False
+
+        async def named_send(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", name)]
+            await send(message)
+
+        try:
+            _check_head(scope)
+            self._check_host(headers.get(b"host"))
+            await self.app(scope, receive, named_send)
+        except Exception as error:
+            refusal = refused(error)
+            if started:
+                raise  # the server closes a connection whose answer broke off
+            await respond(named_send, refusal.status, self.error_body(refusal), refusal.headers)
+
+    def _check_host(self, host: bytes | None) -> None:
+        """A web page that resolves its own name to loopback (DNS rebinding) still sends that name."""
+        if not self.hosts or host is None:
+            return
+        name = re.sub(r":\d*$", "", host.decode("latin-1").lower())
+        if name not in self.hosts:
+            raise Refused(403, "This server listens on loopback and answers to its own names only.", code="wrong_host")
+
+
+def _check_head(scope: Scope) -> None:
+    size = sum(len(name) + len(value) for name, value in scope["headers"])
+    if size + len(scope["path"]) + len(scope["query_string"]) > bounds.MAX_HEAD_BYTES:
+        limit = bounds.MAX_HEAD_BYTES
+        raise Refused(431, f"The path and headers are larger than {limit} bytes.", code="headers_too_large")
+
+
+def allowed_hosts(bound: str) -> frozenset[str]:
+    """Host names to accept when listening on `bound`; any (empty) when that is not loopback."""
+    return _LOOPBACK | {bound.lower(), f"[{bound.lower()}]"} if is_loopback(bound) else frozenset()
+
+
+def is_loopback(host: str) -> bool:
+    return host.lower().strip("[]") in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+
+
+def http_refusal(error: HTTPException) -> Refused:
+    """What the router has to say, as a refusal."""
+    match error.status_code:
+        case 404:
+            return Refused(404, "There is nothing at this path; GET / lists what there is.", code="not_found")
+        case 405:
+            return Refused(405, "This path does not take this method.", code="method_not_allowed")
+    return Refused(error.status_code, str(error.detail))

@@ -1,0 +1,68 @@
+"""What the gateway says when it refuses: one exception with an HTTP status, and the mapping of every other error to it.
+
+Each dialect shapes the body; the status and the sentence are decided here. What was not foreseen is logged with its
+stack under an error id, and the client sees the id only.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import uuid
+
+from headrace.core.types import HeadraceError, InvalidRequest, Overloaded, Unavailable
+
+LOG = logging.getLogger("headrace.gateway")
+
+_DRAIN_RETRY_S = 5.0  # a replica that starts or drains is replaced or back within seconds, or not at all
+
+
+class Refused(HeadraceError):
+    """A request that ends with an error: `status` is HTTP's, `code` a stable word for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        if self.retry_after_s is None:
+            return []
+        return [(b"retry-after", str(max(1, math.ceil(self.retry_after_s))).encode())]
+
+
+def bad(message: str, param: str | None = None, code: str | None = None) -> Refused:
+    """A 400."""
+    return Refused(400, message, code=code, param=param)
+
+
+def refused(error: BaseException) -> Refused:
+    """The refusal that tells a client about `error`. Logs the stack of anything unexpected."""
+    match error:
+        case Refused():
+            return error
+        case InvalidRequest():
+            return bad(str(error), error.param)
+        case Overloaded():
+            return Refused(429, str(error), code="overloaded", retry_after_s=error.retry_after_s)
+        case Unavailable():
+            return Refused(503, str(error), code="unavailable", retry_after_s=_DRAIN_RETRY_S)
+    return internal("unexpected error", error)
+
+
+def internal(what: str, error: BaseException | None = None) -> Refused:
+    """A 500 whose cause is in the log and nowhere else: messages of exceptions carry paths, addresses and prompts."""
+    error_id = uuid.uuid4().hex[:12]
+    LOG.error("error %s: %s", error_id, what.replace("\n", " "), exc_info=error)
+    return Refused(500, f"The server failed on this request; its log has details under {error_id}.", code="internal")
