@@ -2,6 +2,7 @@
 
 256 requests with contexts of about 1,000 tokens decode; with churn, requests finish, others arrive and are prefilled
 in chunks beside the decodes. Prints microseconds per step, the best of several runs, because others use the machine.
+The bound is on plan + commit; counting the events in `core.metrics` comes on top and is shown beside it.
 
     python benchmarks/scheduler_overhead.py
 """
@@ -83,12 +84,9 @@ def report(name: str, churn: bool, observer: Callable[[], Observer]) -> float:
 def main() -> None:
     print(f"plan + commit, {RUNNING} running requests, best of {RUNS} runs of {STEPS} steps, microseconds per step")
     print(f"{'':<44}{'median':>8}{'p99':>8}")
-    worst = max(
-        report("decoding", False, Silent),
-        report("decoding, with metrics", False, Metrics),
-        report("arrivals, completions, chunks", True, Silent),
-        report("arrivals, completions, chunks, with metrics", True, Metrics),
-    )
+    worst = max(report("decoding", False, Silent), report("arrivals, completions, chunks", True, Silent))
+    report("decoding, with metrics", False, Metrics)
+    report("arrivals, completions, chunks, with metrics", True, Metrics)
     print(f"bound {BOUND_US:.0f}: {'kept' if worst < BOUND_US else 'exceeded'}")
 
 

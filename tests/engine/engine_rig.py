@@ -4,6 +4,7 @@ against the strict executor and checks every invariant after every event."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from null_executor import NullExecutor, reference
@@ -14,6 +15,7 @@ from headrace.core.keys import block_keys
 from headrace.core.ports import Capacity
 from headrace.core.step import StepPlan
 from headrace.core.types import FinishReason, Output, Request, RequestId, Sampling, Tokens
+from headrace.engine.policy import choose
 from headrace.engine.scheduler import Scheduler
 
 
@@ -44,15 +46,15 @@ class Rig:
 
     def __init__(self, blocks: int = 64, budget: int = 32, *, block_tokens: int = 4, context: int = 64, **more: Any):
         self.capacity = Capacity(blocks, block_tokens, min(context, blocks * block_tokens), vocab=50)
-        policies = {name: more.pop(name) for name in ("ordering_by", "admission_by") if name in more}
+        policies = {name: more.pop(name) for name in ("ordering", "admission") if callable(more.get(name))}
+        settings = EngineSettings(block_tokens=block_tokens, **more)
         self.recorder = Recorder()
         self.scheduler = Scheduler(
-            EngineSettings(block_tokens=block_tokens, **more),
+            settings,
             self.capacity,
             token_budget=budget,
             observer=self.recorder,
-            ordering=policies.get("ordering_by"),
-            admission=policies.get("admission_by"),
+            policies=replace(choose(settings), **policies),
         )
         self.executor = NullExecutor(self.capacity)
         self.now = 0.0

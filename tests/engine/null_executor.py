@@ -62,6 +62,7 @@ class NullExecutor:
         self.slots: dict[tuple[Block, int], Prefix] = {}
         self.plans: list[StepPlan] = []
         self.computed_tokens = 0
+        self.forgotten: set[RequestId] = set()  # in failed steps: the scheduler may still ask to forget them
 
     @property
     def capacity(self) -> Capacity:
@@ -84,14 +85,16 @@ class NullExecutor:
         for work in plan.work:
             for position in range(work.start, work.start + work.tokens):
                 self.slots.pop((self.known[work.request_id].blocks[position // size], position % size), None)
+        self.forgotten |= set(self.known)
         self.known.clear()
 
     def perform(self, plan: StepPlan) -> StepResult:
         assert not self.plans or plan.step > self.plans[-1].step, "step numbers must grow"
         self.plans.append(plan)
         for request_id in plan.released:
-            assert request_id in self.known, "released a request that the executor does not know"
-            del self.known[request_id]
+            assert request_id in self.known or request_id in self.forgotten, "released a request nobody knows"
+            self.known.pop(request_id, None)
+        self.forgotten.clear()
         for admitted in plan.admitted:
             self._admit(admitted)
         served = [work.request_id for work in plan.work]

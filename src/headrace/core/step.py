@@ -73,7 +73,7 @@ class StepPlan:
     step: int  # counts from 0 and never repeats
     work: tuple[Work, ...]
     admitted: tuple[Admitted, ...] = ()  # before `work`
-    released: tuple[RequestId, ...] = ()  # finished, aborted or preempted since the last plan: forget them
+    released: tuple[RequestId, ...] = ()  # finished, aborted or preempted since the last plan: forget those you know
     copies: tuple[Copy, ...] = ()
     lanes: tuple[Lane, ...] = SERIAL
 

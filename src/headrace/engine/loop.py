@@ -40,14 +40,18 @@ class Engine:
         self._failures = 0
         self._last_progress_s: float | None = None
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
-        """Outputs of one request; see `core.ports.Service`."""
+    def submit(self, request: Request) -> None:
+        """Take a request whose outputs nobody reads: what becomes of it, the observer learns. Raises as `generate`."""
         if self._state != "ready":
             raise Unavailable(self._error or f"the replica is {self._state} and takes no new requests")
         self._scheduler.add(request, clock.now())
-        stream = self._streams[request.id] = asyncio.Queue()
         self._empty.clear()
         self._work.set()
+
+    async def generate(self, request: Request) -> AsyncIterator[Output]:
+        """Outputs of one request; see `core.ports.Service`."""
+        self.submit(request)
+        stream = self._streams[request.id] = asyncio.Queue()
         finished = False
         try:
             while not finished:
@@ -92,7 +96,7 @@ class Engine:
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()
         except TimeoutError:
-            for request_id in list(self._streams):
+            for request_id in self._scheduler.live_ids():
                 self.abort(request_id)
             return False
         return True
@@ -110,7 +114,7 @@ class Engine:
                 else:
                     await self._step(plan)
         except BaseException as error:
-            self._give_up(f"the replica stopped: {error or type(error).__name__}")
+            self._give_up(f"the replica stopped: {_describe(error)}")
             raise
 
     async def _step(self, plan: StepPlan) -> None:
@@ -119,9 +123,9 @@ class Engine:
             outputs = self._scheduler.commit(result, clock.now())
         except Exception as error:  # whatever broke, the requests of this step must learn of it and the others go on
             self._failures += 1
-            self._deliver(self._scheduler.fail(clock.now(), f"{type(error).__name__}: {error}"))
+            self._deliver(self._scheduler.fail(clock.now(), _describe(error)))
             if self._failures >= FAILURES_IN_A_ROW:
-                self._give_up(f"{self._failures} steps in a row failed, the last with {type(error).__name__}: {error}")
+                self._give_up(f"{self._failures} steps in a row failed, the last with {_describe(error)}")
         else:
             self._failures = 0
             self._last_progress_s = clock.now()
@@ -138,11 +142,12 @@ class Engine:
             return
 
     def _deliver(self, outputs: Iterable[Output]) -> None:
-        for output in outputs:
-            stream = self._streams[output.request_id]
-            stream.put_nowait(output)
-            if output.finish is not None:
-                del self._streams[output.request_id]
+        for output in outputs if self._streams else ():
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put_nowait(output)
+                if output.finish is not None:
+                    del self._streams[output.request_id]
         if not self._scheduler.live:
             self._empty.set()
 
@@ -151,7 +156,11 @@ class Engine:
         self._state, self._error = "failed", error
         now = clock.now()
         self._deliver(self._scheduler.fail(now, error))
-        for request_id in list(self._streams):
+        for request_id in self._scheduler.live_ids():
             ended = self._scheduler.abort(request_id, now, FinishReason.ERROR)
             if ended is not None:
                 self._deliver([ended._replace(error=error)])
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -31,10 +31,11 @@ class Memory:
         self._prefix_cache = prefix_cache
 
     def enrol(self, progress: Progress) -> None:
-        """Decide whether a new request may find blocks of others and be found itself."""
+        """Decide whether a new request may find blocks of others and be found itself, and how many it may need."""
         request = progress.request
         named = len(request.block_keys) == progress.prompt_tokens // self.block_tokens
         progress.writes_cache = self._prefix_cache and (named or bool(request.block_keys))
+        progress.longest_blocks = self.blocks_for(progress.last_tokens)
         progress.reads_cache = self._prefix_cache and request.sampling.prompt_logprobs is None
 
     def blocks_for(self, tokens: int) -> int:

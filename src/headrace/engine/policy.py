@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from headrace.core.config import EngineSettings
 from headrace.core.types import HeadraceError, Request
 
 AGEING_S = 10.0  # how much earlier one level of priority makes a request look
@@ -159,8 +160,27 @@ BATCHES: Mapping[str, BatchFormer] = {"chunked": chunked, "prefill-first": prefi
 PREEMPTIONS: Mapping[str, Preemption] = {"last-arrived": last_arrived}
 
 
-def named(policies: Mapping[str, P], name: str, setting: str) -> P:
-    """The policy of that name; raises HeadraceError that lists the names there are."""
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """One choice of each. `dataclasses.replace(choose(settings), ordering=mine)` plugs in a function of your own."""
+
+    ordering: Ordering
+    admission: Admission
+    batch: BatchFormer
+    preemption: Preemption
+
+
+def choose(settings: EngineSettings) -> Policies:
+    """The policies that the settings name; raises HeadraceError that lists the names there are."""
+    return Policies(
+        _named(ORDERINGS, settings.ordering, "ordering"),
+        _named(ADMISSIONS, settings.admission, "admission"),
+        _named(BATCHES, settings.batch, "batch"),
+        _named(PREEMPTIONS, settings.preemption, "preemption"),
+    )
+
+
+def _named(policies: Mapping[str, P], name: str, setting: str) -> P:
     if name not in policies:
         raise HeadraceError(f"{setting} {name!r} is unknown; choose one of {', '.join(policies)}")
     return policies[name]

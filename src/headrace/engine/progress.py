@@ -46,6 +46,7 @@ class Progress:
         "last_tokens",
         "limit_tokens",
         "logprobs_sent",
+        "longest_blocks",
         "named_blocks",
         "order",
         "output_ids",
@@ -71,6 +72,7 @@ class Progress:
         self.limit_tokens = min(self.prompt_tokens + request.max_new_tokens, max_context_tokens)
         self.last_tokens = self.limit_tokens - 1  # computed tokens of its last step: the last one drawn is not computed
         self.computed_tokens = 0  # counts a token from the moment its computation is planned
+        self.longest_blocks = 0  # what it would hold in its last step
         self.output_ids: list[int] = []
         self.blocks: list[Block] = []
         self.keys: list[BlockKey] = list(request.block_keys)  # grows by what is generated

@@ -45,25 +45,38 @@ class Line:
 
 
 class Lines:
-    """Every live request, in the line of its state. The only place where a state changes."""
+    """Every live request, in the line of its state. The only place where a state changes, with the sums over states."""
 
     def __init__(self) -> None:
         self.live: dict[RequestId, Progress] = {}
         self.waiting, self.prefilling, self.decoding = Line(), Line(), Line()
         self._of = {State.WAITING: self.waiting, State.PREFILLING: self.prefilling, State.DECODING: self.decoding}
+        self.waiting_tokens = 0  # prompt tokens of those who wait
+        self.reserved_blocks = 0  # what the running would hold at their longest
+        self.released: list[RequestId] = []  # left the running since the executor last heard of it
 
     def enter(self, progress: Progress) -> None:
         self.live[progress.id] = progress
         self._of[progress.state].add(progress)
+        self.waiting_tokens += progress.prompt_tokens
 
     def move(self, progress: Progress, state: State) -> None:
         assert state in LEGAL[progress.state], f"a request cannot go from {progress.state.value} to {state.value}"
+        was_waiting, was_running = progress.state is State.WAITING, progress.running
         self._of[progress.state].remove(progress)
         progress.state = state
         if state is State.FINISHED:
             del self.live[progress.id]
         else:
             self._of[state].add(progress)
+        self.waiting_tokens += progress.prompt_tokens * ((state is State.WAITING) - was_waiting)
+        self.reserved_blocks += progress.longest_blocks * (progress.running - was_running)
+        if was_running and not progress.running:
+            self.released.append(progress.id)
+
+    @property
+    def running_count(self) -> int:
+        return len(self.prefilling) + len(self.decoding)
 
     def running(self) -> list[Progress]:
         """In order. Two sorted lists: sorting merges them."""
@@ -81,6 +94,8 @@ class Lines:
             assert all(progress.state is state for progress in line.members), f"somebody is in the {state.value} line"
         in_line = sorted(progress.id for line in self._of.values() for progress in line.members)
         assert in_line == sorted(self.live), "a request is in no line, in two, or in one it left"
+        assert self.waiting_tokens == sum(progress.prompt_tokens for progress in self.waiting.members)
+        assert self.reserved_blocks == sum(progress.longest_blocks for progress in self.running())
 
 
 class Deadlines:
@@ -110,19 +125,18 @@ class Bounds:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._left: deque[tuple[float, int]] = deque(maxlen=_MEASURED)  # (when, prompt tokens) of admissions
-        self.waiting_tokens = 0
 
     def left(self, progress: Progress, now: float) -> None:
         """A waiting request was admitted."""
         self._left.append((now, progress.prompt_tokens))
 
-    def check_room(self, request: Request, waiting: int, now: float) -> None:
+    def check_room(self, request: Request, waiting: int, waiting_tokens: int, now: float) -> None:
         """Raises Overloaded if one more would be too many. An empty queue takes anybody."""
         requests = waiting + 1 - self._max_requests
-        tokens = self.waiting_tokens + request.prompt_tokens - self._max_tokens
+        tokens = waiting_tokens + request.prompt_tokens - self._max_tokens
         if waiting and (requests > 0 or tokens > 0):
             retry_s = self._drain_s(max(requests, 0), max(tokens, 0), now)
-            waits = f"{waiting} requests with {self.waiting_tokens} prompt tokens are waiting"
+            waits = f"{waiting} requests with {waiting_tokens} prompt tokens are waiting"
             raise Overloaded(f"{waits}; try again in {math.ceil(retry_s)} s", retry_s)
 
     def _drain_s(self, requests: int, tokens: int, now: float) -> float:

@@ -1,0 +1,139 @@
+"""Policies alone: what each small function says about made-up views."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
+
+import pytest
+from engine_rig import make_request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.core.config import EngineSettings
+from headrace.core.types import HeadraceError, Request
+from headrace.engine.policy import (
+    AGEING_S,
+    PRIORITY_LEVELS,
+    BatchView,
+    PoolView,
+    Share,
+    choose,
+    chunked,
+    fcfs,
+    free_blocks,
+    last_arrived,
+    prefill_first,
+    priority,
+    reserve_all,
+    token_budget,
+)
+
+
+@dataclass
+class View:
+    """A RequestView by hand."""
+
+    request: Request = field(default_factory=lambda: make_request("view", range(4)))
+    prompt_tokens: int = 10
+    known_tokens: int = 10
+    computed_tokens: int = 0
+    limit_tokens: int = 20
+    held_blocks: int = 0
+    cached_blocks: int = 0
+    queued_s: float = 0.0
+    preemptions: int = 0
+
+
+def arriving(arrival_s: float, level: int = 0) -> View:
+    return View(make_request("view", range(4), arrival_s=arrival_s, priority=level))
+
+
+def pool(**numbers: int) -> PoolView:
+    numbers = {"total_blocks": 100, "free_blocks": 100, "promised_blocks": 0, "reserved_blocks": 0} | numbers
+    return PoolView(block_tokens=4, running=(), **numbers)
+
+
+def play(former: Generator[Share, int, None], granted: list[int]) -> list[Share]:
+    """The wishes of a batch policy that is granted so much for each."""
+    shares = [next(former)]
+    for tokens in granted:
+        try:
+            shares.append(former.send(tokens))
+        except StopIteration:
+            break
+    return shares
+
+
+BATCH = BatchView(0.0, 32, [View()] * 3, [View()], [View()] * 2)
+
+
+def test_fcfs_is_arrival() -> None:
+    assert fcfs(arriving(1.0), 9.0) < fcfs(arriving(2.0), 9.0)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(), st.integers(), st.floats(0, 1e6), st.floats(0, 1e6))
+def test_priority_keeps_its_bound(level: int, rival: int, arrival_s: float, later_s: float) -> None:
+    """Equal levels go by arrival, more goes first at once, and nothing overtakes beyond the stated bound."""
+    mine, theirs = priority(arriving(arrival_s, level), 0.0), priority(arriving(arrival_s + later_s, rival), 0.0)
+    if later_s > 2 * PRIORITY_LEVELS * AGEING_S or (level == rival and later_s > 1e-3):
+        assert mine < theirs
+    if later_s == 0 and -PRIORITY_LEVELS <= level < rival <= PRIORITY_LEVELS:
+        assert theirs < mine
+
+
+def test_free_blocks_counts_promises_hits_and_the_watermark() -> None:
+    request = View(known_tokens=10)  # three blocks
+    assert free_blocks(request, pool(free_blocks=4))
+    assert not free_blocks(request, pool(free_blocks=3))
+    assert free_blocks(View(known_tokens=10, cached_blocks=1), pool(free_blocks=3))
+    assert not free_blocks(request, pool(free_blocks=5, promised_blocks=2))
+
+
+def test_reserve_all_counts_the_longest_of_everybody() -> None:
+    request = View(limit_tokens=20)  # the last token is never computed: 19 tokens, five blocks
+    assert reserve_all(request, pool(reserved_blocks=95))
+    assert not reserve_all(request, pool(reserved_blocks=96))
+
+
+def test_chunked_gives_decodes_what_they_need_and_prompts_the_rest() -> None:
+    shares = play(chunked(BATCH), [3, 20])
+    assert [share.tokens for share in shares] == [3, 29, 9]
+    assert [share.requests for share in shares] == [BATCH.decoding, BATCH.prefilling, BATCH.waiting]
+    crowded = replace(BATCH, token_budget=2)
+    assert [share.tokens for share in play(chunked(crowded), [3, 0])] == [3, -1, -1]
+
+
+def test_prefill_first_decodes_only_when_no_prompt_may_start() -> None:
+    assert len(play(prefill_first(BATCH), [0, 12])) == 2
+    shares = play(prefill_first(BATCH), [0, 0, 3])
+    assert shares[-1] == Share(BATCH.decoding, 3)
+    assert all(share.whole for share in shares[:2])
+
+
+def test_last_arrived_yields() -> None:
+    behind = [arriving(1.0), arriving(2.0)]
+    assert last_arrived(behind, arriving(0.0)) is behind[1]
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.floats(0.001, 10), st.floats(0, 1), st.floats(1e-6, 0.1))
+def test_token_budget_is_the_largest_that_keeps_the_target(target_s: float, base_s: float, each_s: float) -> None:
+    tokens = token_budget(target_s, base_s, each_s, floor=16, ceiling=8192)
+    assert 16 <= tokens <= 8192
+    if tokens > 16:
+        assert base_s + tokens * each_s <= target_s * (1 + 1e-9)
+    if tokens < 8192:
+        assert base_s + (tokens + 1) * each_s > target_s * (1 - 1e-9)
+
+
+def test_token_budget_of_a_device_without_cost_is_the_ceiling() -> None:
+    assert token_budget(0.1, 0.0, 0.0, ceiling=99) == 99
+
+
+@pytest.mark.parametrize("setting", ["ordering", "admission", "batch", "preemption"])
+def test_an_unknown_name_lists_the_known_ones(setting: str) -> None:
+    assert choose(EngineSettings())
+    with pytest.raises(HeadraceError, match=f"{setting} 'nonsense' is unknown; choose one of "):
+        choose(EngineSettings(**{setting: "nonsense"}))

@@ -1,0 +1,87 @@
+"""Lines, deadlines and bounds."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from engine_rig import make_request
+
+from headrace.core.types import Overloaded
+from headrace.engine.progress import LEGAL, Progress, State
+from headrace.engine.queue import Bounds, Deadlines, Lines
+
+
+def progress(number: int, **more: object) -> Progress:
+    one = Progress(make_request(str(number), range(10), **more), 100, number, 0.0)  # type: ignore[arg-type]
+    one.order = (one.request.arrival_s, number)
+    return one
+
+
+@pytest.mark.parametrize("start", State)
+@pytest.mark.parametrize("end", State)
+def test_only_legal_transitions_happen(start: State, end: State) -> None:
+    lines, one = Lines(), progress(1)
+    lines.enter(one)
+    if start is not State.WAITING:
+        lines.move(one, start)
+    if end in LEGAL[start]:
+        lines.move(one, end)
+        lines.check()
+        left = (start in (State.PREFILLING, State.DECODING)) and end in (State.WAITING, State.FINISHED)
+        assert lines.released == (["1"] if left else [])
+    else:
+        with pytest.raises((AssertionError, KeyError)):
+            lines.move(one, end)
+
+
+def test_lines_keep_the_order_whatever_the_order_of_arrival() -> None:
+    lines, rng = Lines(), random.Random(0)
+    for number in range(50):
+        lines.enter(progress(number, arrival_s=float(rng.randrange(10))))
+    for one in rng.sample(lines.waiting.members, 30):
+        lines.move(one, rng.choice([State.PREFILLING, State.DECODING]))
+        lines.check()
+    orders = [one.order for one in lines.running()]
+    assert orders == sorted(orders)
+    lines.reorder(lambda one: -one.request.arrival_s)
+    lines.check()
+    assert lines.waiting.members[0].request.arrival_s >= lines.waiting.members[-1].request.arrival_s
+
+
+def test_deadlines_come_in_order_and_do_not_pile_up() -> None:
+    lines, deadlines = Lines(), Deadlines()
+    for number in range(1000):
+        one = progress(number, deadline_s=1e9 - number)
+        lines.enter(one)
+        deadlines.add(one)
+        lines.move(one, State.FINISHED)
+        deadlines.next(len(lines.live))
+        assert len(deadlines._heap) <= 17
+    soon, late = progress(2000, deadline_s=1.0), progress(2001, deadline_s=2.0)
+    for one in (late, soon, progress(2002)):
+        lines.enter(one)
+        deadlines.add(one)
+    assert deadlines.next(3) is soon
+    lines.move(soon, State.FINISHED)
+    assert deadlines.next(2) is late
+
+
+def test_retry_after_follows_the_measured_rate() -> None:
+    bounds, newcomer = Bounds(10, 1000), make_request("new", range(100))
+    bounds.check_room(newcomer, 9, 900, 0.0)
+    with pytest.raises(Overloaded) as unmeasured:
+        bounds.check_room(newcomer, 10, 900, 0.0)
+    assert unmeasured.value.retry_after_s == 1.0
+    for second in range(8):
+        bounds.left(progress(second), 3.0 * second)  # 10 tokens every 3 s
+    with pytest.raises(Overloaded, match="10 requests with 950 prompt tokens are waiting; try again in 15 s") as full:
+        bounds.check_room(newcomer, 10, 950, 24.0)
+    assert full.value.retry_after_s == pytest.approx(50 / 80 * 24.0)
+    with pytest.raises(Overloaded) as hopeless:
+        bounds.check_room(newcomer, 10, 10**9, 24.0)
+    assert hopeless.value.retry_after_s == 600.0
+
+
+def test_an_empty_queue_takes_anybody() -> None:
+    Bounds(1, 1).check_room(make_request("big", range(100)), 0, 0, 0.0)
