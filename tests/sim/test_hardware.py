@@ -74,6 +74,7 @@ def test_the_peak_follows_the_wider_operand() -> None:
     assert a100.flops_per_s(8, 8) == a100.int8_flops_per_s
     assert h100.flops_per_s(4, 4) == h100.fp8_flops_per_s and b200.flops_per_s(4, 4) == b200.fp4_flops_per_s
     assert device("TPUv5p").flops_per_s(8, 8) == device("TPUv5p").bf16_flops_per_s
+    assert device("V100").flops_per_s(8, 8) == device("V100").bf16_flops_per_s  # its 8-bit units are slower
     assert h100.flops_per_s(32, 32) == h100.fp32_flops_per_s
 
 

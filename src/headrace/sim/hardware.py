@@ -68,15 +68,16 @@ class Device:
         return self.idle_w if self.idle_w is not None else 0.3 * (self.max_w or 0.0)
 
     def flops_per_s(self, weight_bits: float, activation_bits: float) -> float:
-        """The fastest dense peak that multiplies operands of these sizes, on the narrowest units that hold both."""
+        """The fastest dense peak that multiplies operands of these sizes; units for wider numbers will do as well."""
         bits = max(weight_bits, activation_bits)
-        if bits <= 4 and self.fp4_flops_per_s:
-            return self.fp4_flops_per_s
-        if bits <= 8 and (self.fp8_flops_per_s or self.int8_flops_per_s):
-            return max(self.fp8_flops_per_s, self.int8_flops_per_s)
+        peak = self.fp32_flops_per_s if self.fp32_flops_per_s or bits <= 16 else self.bf16_flops_per_s / 2
         if bits <= 16:
-            return self.bf16_flops_per_s
-        return self.fp32_flops_per_s or self.bf16_flops_per_s / 2
+            peak = max(peak, self.bf16_flops_per_s)
+        if bits <= 8:
+            peak = max(peak, self.fp8_flops_per_s, self.int8_flops_per_s)
+        if bits <= 4:
+            peak = max(peak, self.fp4_flops_per_s)
+        return peak
 
     @property
     def peer(self) -> Link:
