@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, NewType, TypeVar, get_args, get_type_hints
+from typing import Any, NewType, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from headrace.core.types import HeadraceError
 
@@ -64,6 +64,7 @@ _PARSERS: Mapping[Any, Callable[[str], Any]] = {
     bool: _parse_bool,
     Bytes: parse_bytes,
     Path: Path,
+    tuple[Path, ...]: lambda text: tuple(Path(part) for part in text.split(",") if part),
 }
 
 
@@ -122,12 +123,14 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     types = get_type_hints(settings)
     for field in dataclasses.fields(settings):
         kind, default = _bare(types[field.name]), field.default
-        shown = "" if default is None else f" (default: {_show(kind, default)})"
+        shown = "" if default in (None, ()) else f" (default: {_show(kind, default)})"
         options: dict[str, Any] = {"dest": f"{_section(settings)}.{field.name}", "default": None}
         options["help"] = (field.metadata["help"] + shown).replace("%", "%%")
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
             options["help"] = field.metadata["help"] + (" (default: yes)" if default else " (default: no)")
+        elif kind == tuple[Path, ...]:
+            options |= {"type": Path, "nargs": "+", "metavar": "PATH"}
         else:
             options["type"] = _complaining(_PARSERS[kind])
             options["choices"] = field.metadata["choices"] or None
@@ -146,11 +149,11 @@ def load(settings: type[S], flags: argparse.Namespace | None = None, toml: Mappi
         variable = "HEADRACE_" + field.name.upper()
         flag = getattr(flags, f"{section}.{field.name}", None)
         if flag is not None:
-            values[field.name] = flag
+            values[field.name] = tuple(flag) if isinstance(flag, list) else flag
         elif variable in os.environ:
             values[field.name] = _parse(kind, os.environ[variable], f"environment variable {variable}")
         elif field.name in table:
-            values[field.name] = _parse(kind, str(table[field.name]), f"[{section}] {field.name} in the config file")
+            values[field.name] = _parse(kind, _text(table[field.name]), f"[{section}] {field.name} in the config file")
         _check_choice(field, values.get(field.name))
     unknown = set(table) - {field.name for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
     if unknown:
@@ -181,7 +184,7 @@ def _section(settings: type) -> str:
 
 def _bare(kind: Any) -> Any:
     """The type without `| None`."""
-    if isinstance(kind, UnionType):
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:  # `NewType | None` is a Union at run time
         return next(part for part in get_args(kind) if part is not type(None))
     return kind
 
@@ -204,6 +207,11 @@ def _complaining(parse: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return convert
+
+
+def _text(value: Any) -> str:
+    """A TOML value as a flag or an environment variable would say it."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _parse(kind: Any, text: str, source: str) -> Any:
