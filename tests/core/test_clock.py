@@ -96,3 +96,26 @@ def test_wall_time_is_reproducible_under_virtual_time() -> None:
         return clock.wall()
 
     assert clock.run(main(), virtual=True) == clock.run(main(), virtual=True) == 1_700_000_010.0
+
+
+def test_sleep_until_reads_the_very_number() -> None:
+    async def main() -> list[float]:
+        read = []
+        for when_s in (0.1, 0.1 + 0.2, 4000.3, 1e9 + 1 / 3, 5.0):
+            await clock.sleep_until(when_s)
+            read.append(clock.now())
+        return read
+
+    assert clock.run(main(), virtual=True) == [0.1, 0.1 + 0.2, 4000.3, 1e9 + 1 / 3, 1e9 + 1 / 3]
+
+
+def test_time_that_is_spent_makes_timers_late() -> None:
+    async def main() -> tuple[float, float]:
+        late = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_at(1.0, lambda: late.set_result(clock.now()))
+        clock.spend(3.5)
+        return await late, clock.now()
+
+    assert clock.run(main(), virtual=True) == (3.5, 3.5)
+    with pytest.raises(RuntimeError, match="only virtual time"):
+        clock.run(main())

@@ -35,6 +35,31 @@ async def sleep(seconds: float) -> None:
     await asyncio.sleep(seconds)
 
 
+async def sleep_until(when_s: float) -> None:
+    """Wake when `now()` reads `when_s`: under virtual time exactly that number, which a sum of durations may miss."""
+    loop = asyncio.get_running_loop()
+    woken = loop.create_future()
+    timer = loop.call_at(when_s, woken.set_result, None)
+    try:
+        await woken
+    finally:
+        timer.cancel()
+
+
+def spend(until_s: float) -> None:
+    """The host was busy until `until_s`: virtual time passes while nobody else runs. Raises RuntimeError in real time,
+    which passes by itself."""
+    loop = asyncio.get_running_loop()
+    if not isinstance(loop, VirtualLoop):
+        raise RuntimeError("only virtual time can be spent")
+    loop.pass_until(until_s)
+
+
+def is_virtual() -> bool:
+    """Whether the running loop's time jumps instead of passing."""
+    return isinstance(asyncio.get_running_loop(), VirtualLoop)
+
+
 def wall() -> float:
     """Seconds since 1970, for timestamps that leave the process. Never subtract two of these."""
     try:
@@ -74,9 +99,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             raise Deadlock(self._describe())
         scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
         if scheduled and timeout_s > 0:
-            self._virtual_s = max(self._virtual_s, scheduled[0].when())
-            # asyncio fires what is due before time + resolution: with one ulp, exactly what is due now
-            self._clock_resolution = math.ulp(self._virtual_s)
+            self.pass_until(scheduled[0].when())
+
+    def pass_until(self, when_s: float) -> None:
+        """Time never runs backwards."""
+        self._virtual_s = max(self._virtual_s, when_s)
+        # asyncio fires what is due before time + resolution: with one ulp, exactly what is due now
+        self._clock_resolution = math.ulp(self._virtual_s)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None

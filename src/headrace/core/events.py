@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headrace.core.types import FinishReason, RequestId, Usage
+from headrace.core.types import FinishReason, Request, RequestId, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,7 @@ class Arrived:
     request_id: RequestId
     prompt_tokens: int
     max_new_tokens: int
+    request: Request | None = None  # for those who record; None where the request itself stayed behind
 
 
 @dataclass(frozen=True, slots=True)
