@@ -3,7 +3,7 @@ against the strict executor and checks every invariant after every event."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,16 @@ from headrace.core.keys import block_keys
 from headrace.core.ports import Capacity
 from headrace.core.step import StepPlan
 from headrace.core.types import FinishReason, Output, Request, RequestId, Sampling, Tokens
-from headrace.engine.policy import choose
+from headrace.engine.policy import BatchView, Share, choose
 from headrace.engine.scheduler import Scheduler
+
+
+def newest_first(batch: BatchView) -> Generator[Share, int, None]:
+    """A batch policy of a third party: newcomers overtake, so a prefill may find that others did its work."""
+    left = batch.token_budget
+    left -= yield Share(batch.decoding, len(batch.decoding))
+    left -= yield Share(batch.waiting, left)
+    yield Share(batch.prefilling[::-1], left)
 
 
 class Recorder:
@@ -46,7 +54,7 @@ class Rig:
 
     def __init__(self, blocks: int = 64, budget: int = 32, *, block_tokens: int = 4, context: int = 64, **more: Any):
         self.capacity = Capacity(blocks, block_tokens, min(context, blocks * block_tokens), vocab=50)
-        policies = {name: more.pop(name) for name in ("ordering", "admission") if callable(more.get(name))}
+        policies = {name: more.pop(name) for name in list(more) if callable(more[name])}
         settings = EngineSettings(block_tokens=block_tokens, **more)
         self.recorder = Recorder()
         self.scheduler = Scheduler(

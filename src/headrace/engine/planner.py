@@ -75,6 +75,7 @@ class Planner:
                 share = None
         if not step.work:
             self._serve_first(step)
+        assert step.work, "nobody was served although somebody is here"
 
     def _serve_first(self, step: Step) -> None:
         self._first_is_stuck = False
@@ -190,7 +191,7 @@ class Planner:
         steps they are nearly all there is to do. Every `block_tokens`-th step of a request begins a block."""
         number, size, memory = step.number, self._block_tokens, self._memory
         ready: Sequence[Progress] = step.decoding
-        some_wait = bool(step.work)
+        some_wait = bool(step.work)  # served already, or stuck for want of a block
         starts = [progress.computed_tokens for progress in ready]
         blocks: list[tuple[Block, ...]] = [()] * len(ready)
         for at in [at for at, start in enumerate(starts) if not start % size]:
@@ -200,9 +201,10 @@ class Planner:
             if memory.pool.free or self._make_room(progress, (), 1, step):
                 blocks[at] = memory.grow(progress, starts[at] + 1)
             else:
-                progress.served_step, some_wait = number, True  # it has had its turn
+                some_wait = True
         if some_wait or step.preempted:
-            chosen = [progress.served_step != number for progress in ready]
+            rows = zip(ready, starts, blocks, strict=True)
+            chosen = [one.served_step != number and (start % size or block) for one, start, block in rows]
             ready, starts = list(compress(ready, chosen)), list(compress(starts, chosen))
             blocks = list(compress(blocks, chosen))
         ids = [progress.id for progress in ready]
