@@ -221,11 +221,11 @@ def _details(main: Element, runs: Named) -> None:
             *((key.replace("_", "-"), value) for key, value in report.versions.items()),
         ]
         pairs += [(f"--{key.replace('_', '-')}", str(v)) for key, v in report.settings.items() if v is not None]
-        _table(details, [["", ""], *(list(pair) for pair in pairs)])
+        _table(details, [["", ""], *(list(pair) for pair in pairs)], "pairs")
 
 
-def _table(parent: Element, rows: Sequence[Sequence[str]]) -> None:
-    table = SubElement(SubElement(parent, "div", {"class": "scroll"}), "table")
+def _table(parent: Element, rows: Sequence[Sequence[str]], kind: str = "numbers") -> None:
+    table = SubElement(SubElement(parent, "div", {"class": "scroll"}), "table", {"class": kind})
     for cells, tag in zip(rows, ["th", *["td"] * (len(rows) - 1)], strict=True):
         if any(cells):
             line = SubElement(table, "tr")
@@ -298,6 +298,7 @@ svg { display: block; width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; margin-top: 10px; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; color: var(--soft); font-weight: 400; }
+table.pairs td { text-align: left; }
 summary { cursor: pointer; font-weight: 600; }
 """ + "".join(
     f".line.c{i}, .area.c{i} {{ stroke: var(--c{i}); }} .area.c{i} {{ fill: var(--c{i}); }}\n"

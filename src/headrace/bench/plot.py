@@ -57,7 +57,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def value_scale(values: Sequence[float], start: float, end: float) -> Scale:
     """For non-negative values: even from 0, logarithmic when the largest is far above the middle one."""
-    ordered = sorted(value for value in values if value > 0)
+    ordered = sorted(value for value in values if value > 1e-9)
     if not ordered:
         return Scale(0.0, 1.0, start, end)
     middle, high = ordered[len(ordered) // 2], ordered[-1] * 1.02

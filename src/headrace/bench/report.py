@@ -154,7 +154,7 @@ def from_json(value: Mapping[str, Any]) -> Report:
     if value.get("schema") != SCHEMA:
         raise BadReport(f"not a run saved by `headrace bench --save` (schema {value.get('schema')!r}, not {SCHEMA})")
     try:
-        return Report(
+        report = Report(
             date=str(value["date"]),
             model=str(value["model_id"]),
             server=str(value["server"]),
@@ -163,8 +163,10 @@ def from_json(value: Mapping[str, Any]) -> Report:
             client_cpu_s=float(value["client_cpu_s"]),
             records=_records(value),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        _ = describe(report), report.slo, report.settings["endpoint"], report.settings["url"]  # the settings we rely on
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadReport(f"the saved run is damaged: {type(error).__name__} {error}") from error
+    return report
 
 
 def table(report: Report) -> str:
