@@ -4,7 +4,7 @@ what a step computes. The only file of the engine that knows asyncio.
 
     generate -> scheduler.add                    .--------- stream of one request -> its generator
                      |                           |
-      expire, plan --+--> executor.run --> commit, or fail --> idle until something arrives or a deadline comes
+      expire, plan --+--> executor.run --> commit, or fail --> idle until something arrives
 """
 
 from __future__ import annotations
@@ -109,11 +109,15 @@ class Engine:
                 now = clock.now()
                 self._deliver(self._scheduler.expire(now))
                 plan = self._scheduler.plan(now)
-                if plan is None:
-                    await self._idle()
+                if plan is None:  # nobody is here, so no deadline can come either
+                    self._work.clear()
+                    await self._work.wait()
                 else:
                     await self._step(plan)
-        except BaseException as error:
+        except asyncio.CancelledError:
+            self._give_up("the replica was stopped")
+            raise
+        except Exception as error:
             self._give_up(f"the replica stopped: {_describe(error)}")
             raise
 
@@ -123,7 +127,7 @@ class Engine:
             outputs = self._scheduler.commit(result, clock.now())
         except Exception as error:  # whatever broke, the requests of this step must learn of it and the others go on
             self._failures += 1
-            self._deliver(self._scheduler.fail(clock.now(), _describe(error)))
+            self._deliver(self._scheduler.fail(clock.now(), f"the step failed: {_describe(error)}"))
             if self._failures >= FAILURES_IN_A_ROW:
                 self._give_up(f"{self._failures} steps in a row failed, the last with {_describe(error)}")
         else:
@@ -131,15 +135,6 @@ class Engine:
             self._last_progress_s = clock.now()
             self._deliver(outputs)
         await clock.sleep(0)  # readers of this step's outputs run before the next plan, whatever the executor does
-
-    async def _idle(self) -> None:
-        """Wait until there may be something to do."""
-        self._work.clear()
-        try:
-            async with asyncio.timeout_at(self._scheduler.next_deadline()):
-                await self._work.wait()
-        except TimeoutError:
-            return
 
     def _deliver(self, outputs: Iterable[Output]) -> None:
         for output in outputs if self._streams else ():

@@ -159,15 +159,14 @@ class Scheduler:
             outputs += self._draw(step, ids, drawn, now)
         return outputs
 
-    def fail(self, now: float, error: Exception | str) -> list[Output]:
-        """The step in flight failed: its requests end with an error, and what it promised to compute is forgotten. The
+    def fail(self, now: float, error: str) -> list[Output]:
+        """The step in flight failed: its requests end with this error, and what it promised to compute is forgotten. The
         executor may know nobody any more, so those who were running beside the step start over, from the cache."""
         step = self._flight
         if step is None:
             return []
-        message = f"the step failed: {error}"
         served = self._served(step)
-        outputs = [self._finish(progress, FinishReason.ERROR, now, message) for progress, _ in served]
+        outputs = [self._finish(progress, FinishReason.ERROR, now, error) for progress, _ in served]
         self._memory.forget(step.fresh)
         self._flight = None
         for progress in self._lines.running():
