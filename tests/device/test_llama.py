@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from headrace.core.types import HeadraceError
-from headrace.device.llama import Llama, LlamaConfig
+from headrace.device.llama import _ACTIVATIONS, Llama, LlamaConfig, _Norm
 from headrace.device.rope import Rope, Rotary
 
 CPU = torch.device("cpu")
@@ -214,6 +214,43 @@ def test_a_row_has_the_same_bits_in_every_batch(name: str, threads: int) -> None
         for size in (1, 2, 7, 33, 150):
             select = torch.randperm(512, generator=generator)[:size]
             assert torch.equal(rows(select), together[select]), f"{size} rows"
+    finally:
+        torch.set_num_threads(before)
+
+
+def _turn(x: Tensor) -> Tensor:
+    """Turns x [T, 10] as one head, by angles that are a function of the row."""
+    rotation = Rotary(Rope(10, 1e4, 4096), CPU).at((x[:, 0].abs() * 1000).long())
+    return rotation.turn(x[:, None])[:, 0]
+
+
+KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: _ACTIVATIONS["silu"](x, x),
+    "gelu_tanh": lambda x: _ACTIVATIONS["gelu_tanh"](x, x),
+    "rope": _turn,
+    "norm": _Norm(torch.linspace(0.5, 1.5, 10), 1e-6),
+    "shares": lambda x: torch.cat(_shares(x), -1),
+}
+
+
+def _shares(x: Tensor) -> tuple[Tensor, Tensor]:
+    top = x.softmax(-1).topk(3)
+    return top.values / top.values.sum(-1, keepdim=True), top.indices.float()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kernel", KERNELS)
+@torch.inference_mode()
+def test_kernels_have_no_seams(kernel: str, threads: int) -> None:
+    """Rows of ten lie across vectors when together and in a vector's remainder when alone."""
+    x = torch.randn(20_000, 10, generator=torch.Generator().manual_seed(5)) * 3
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = KERNELS[kernel](x)
+        assert all(torch.equal(KERNELS[kernel](x[row : row + 1])[0], together[row]) for row in range(2000))
+        for first, last in ((1, 4000), (3, 17_001), (12_345, 12_349), (19_990, 20_000)):
+            assert torch.equal(KERNELS[kernel](x[first:last]), together[first:last])
     finally:
         torch.set_num_threads(before)
 

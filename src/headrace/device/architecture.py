@@ -188,6 +188,8 @@ def _text_fields(config: Mapping[str, Any]) -> tuple[str, _Fields]:
 def _refuse_unknown(kind: str, config: Mapping[str, Any], fields: _Fields) -> None:
     """Refuses what would silently change the answer."""
     names = config.get("architectures") or []
+    if not isinstance(names, list | tuple):
+        _refuse("architectures", names, "a list of names")
     if names and not any(str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in names):
         raise HeadraceError(
             f"The checkpoint holds {repr(names)[:80]}, which does not generate text: use a *ForCausalLM."
@@ -308,6 +310,6 @@ def _gemma_ropes(
 
 def _activation(fields: _Fields) -> Activation:
     name = fields.get("hidden_activation") or fields.get("hidden_act")
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise HeadraceError(f"Activation {repr(name)[:80]} is not supported; supported: {', '.join(_ACTIVATIONS)}.")
     return _ACTIVATIONS[name]

@@ -115,8 +115,8 @@ class Rotation:
 
             [a | b]  ->  [a | b] * [cos | cos]  +  [b | a] * [-sin | sin]
 
-        Four kernels of one rounding each. A fused multiply-add (`addcmul`, or a complex product) would round
-        differently in the vector loop and in its tail, so a row's bits would depend on where it lies in the batch.
+        Four kernels of one rounding per element each. A kernel that multiplies and adds may round differently in its
+        vector loop and in the tail of it (torch's complex product does), and a row's bits would depend on its place.
         """
         swapped = x.roll(x.shape[-1] // 2, -1)
         return (x * self.cos).add_(swapped * self.sin).to(x.dtype)
