@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 from headrace.core.types import HeadraceError
 from headrace.device import store
 from headrace.device.checkpoint import open_tensors
-from headrace.device.hub import Progress, PullFailed, pull
+from headrace.device.hub import PullFailed, pull
 from headrace.device.store import BadName, HubId, Record
 
 __all__ = ["DEFAULT", "BadName", "ModelRow", "PullFailed", "list_models", "pull", "resolve"]
@@ -47,10 +47,10 @@ class ModelRow:
     broken: str | None = None
 
 
-def resolve(model: str, home: Path, fetch: Progress | None = None) -> Path:
-    """The GGUF file or folder that `model` means. With `fetch`, a hub id that is not here is pulled first.
+def resolve(model: str, home: Path, fetch: Callable[[str], Path] | None = None) -> Path:
+    """The GGUF file or folder that `model` means. Raises NoSuchModel or BadName.
 
-    Raises NoSuchModel or BadName; with `fetch` also what `pull` raises.
+    A hub id that is not here goes to `fetch`, which may be `pull` with its other arguments bound.
     """
     if not model or "\0" in model:
         raise BadName("a model name cannot be empty or contain NUL")
@@ -66,7 +66,7 @@ def resolve(model: str, home: Path, fetch: Progress | None = None) -> Path:
     if store.contained(store.place(home, wanted)):
         return store.place(home, wanted)
     if fetch:
-        return pull(model, home, fetch)
+        return fetch(model)
     raise NoSuchModel(f"{model} is neither a file nor pulled; get it with: headrace pull {model}")
 
 
