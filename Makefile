@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install serve test test-slow check bench clean
+.PHONY: install serve test test-slow check docs clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/installed
@@ -35,6 +35,9 @@ check: install
 	@scripts/phase "format" $(BIN)/ruff format --check .
 	@scripts/phase "mypy" $(BIN)/mypy
 	@scripts/phase "rooms and sizes" $(BIN)/python -m pytest -q tests/test_rooms.py
+
+docs: install
+	@$(BIN)/python scripts/make_docs.py
 
 clean:
 	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache

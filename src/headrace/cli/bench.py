@@ -18,6 +18,6 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from headrace.bench import main
+    from headrace.bench.run import main
 
     return main(config.load(BenchSettings, args, config.read_toml(args.config)))

@@ -23,7 +23,9 @@ def run(args: argparse.Namespace) -> int:
             rows.append((model.name, "broken", "", format_bytes(model.bytes), model.format, model.broken))
         else:
             size = f"{model.parameters / 1e6:,.0f} M" if model.parameters else ""
-            rows.append((model.name, model.architecture, size, format_bytes(model.bytes), model.format, model.path))
+            rows.append(
+                (model.name, model.architecture, size, format_bytes(model.bytes), model.format, str(model.path))
+            )
     widths = [max(len(str(row[column])) for row in rows) for column in range(6)]
     for row in rows:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -34,7 +34,7 @@ class BadSetting(HeadraceError):
 
 def parse_bytes(text: str) -> Bytes:
     """'2GiB', '512M' or '1073741824' as a number of bytes; Ki, Mi, Gi are powers of 1024, k, M, G of 1000."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write 2GiB, 512MiB or a number of bytes")
     return Bytes(int(float(match[1]) * _UNITS[match[2].lower()]))
@@ -81,7 +81,9 @@ class EngineSettings:
     token_budget: int | None = setting(
         None, "most tokens computed in one step; by default derived from --inter-token-ms and the measured step time"
     )
-    inter_token_ms: float = setting(200.0, "no step should take longer than this, so that streams keep flowing")
+    inter_token_ms: float = setting(
+        250.0, "no step should take longer than this, so that streams keep flowing; larger gives more throughput"
+    )
     max_running: int = setting(256, "most requests computed side by side")
     max_queue_requests: int = setting(1024, "waiting requests beyond which new ones are refused with 429")
     max_queue_tokens: int = setting(1_000_000, "waiting prompt tokens beyond which new requests are refused with 429")

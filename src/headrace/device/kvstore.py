@@ -7,6 +7,9 @@ Heads are outermost, so that gathering some blocks gives each head its keys as o
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -20,9 +23,8 @@ class KVStore:
         self, shape: ModelShape, blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         size = (shape.kv_heads, blocks * block_tokens, shape.head_dim)
-        # zeros, not empty: masked slots are multiplied by probability 0, and 0 * NaN is not 0
-        self.keys = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.layers)]
-        self.values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.layers)]
+        self.keys = [_zeros(size, dtype, device) for _ in range(shape.layers)]
+        self.values = [_zeros(size, dtype, device) for _ in range(shape.layers)]
         self.block_tokens = block_tokens
 
     @staticmethod
@@ -48,3 +50,12 @@ class KVStore:
         by_block = plane.view(heads, -1, self.block_tokens, width)
         tiles = by_block.index_select(1, blocks.flatten())
         return tiles.view(heads * len(blocks), -1, width)
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, because masked slots are multiplied by probability 0 and 0 * NaN is not 0. On a CPU the pages come from
+    the kernel when they are first written, so a large KV memory costs nothing until it is used."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(size) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(size)

@@ -20,7 +20,7 @@ from headrace.device.llama import Llama, LlamaConfig
 from headrace.device.memory import Memory
 
 MOST_STEP_TOKENS = 2048  # the activations of larger steps are not worth their memory
-_MEASURED_TOKENS = (16, 128, 512)
+_MEASURED_TOKENS = (16, 256)
 
 
 @dataclass(frozen=True, slots=True)
