@@ -1,9 +1,10 @@
 """Pulls models from a Hugging Face hub: only files that Headrace reads, verified, and visible only when complete.
 
-    ask for the file list -> choose -> check space -> download (resumes) -> verify checksums -> record -> rename
+    ask for the file list -> choose -> check space -> download -> verify checksums -> record -> rename
 
-Bytes travel through huggingface_hub, which knows endpoints, tokens and mirrors. This room decides what is fetched and
-when a folder counts as a model. Nothing that is fetched is executed.
+Bytes travel through huggingface_hub, which knows endpoints, tokens and mirrors, and continues after a dropped
+connection. A pull that failed keeps its whole files for the next one. This room decides what is fetched and when a
+folder counts as a model. Nothing that is fetched is executed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _SPARE_BYTES = 64 << 20  # left free on the disk
 
 
 class PullFailed(HeadraceError):
-    """A model could not be fetched; the message says why. What arrived is kept, and the next pull continues."""
+    """A model could not be fetched; the message says why. Files that arrived whole are kept for the next pull."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def _list(model: HubId, endpoint: str | None) -> tuple[str, list[RemoteFile]]:
 
 
 def _download(model: HubId, file: RemoteFile, revision: str, folder: Path, endpoint: str | None) -> None:
-    """Fetch one file, continuing where an earlier attempt stopped, and verify it."""
+    """Fetch one file, unless an earlier pull did, and verify it."""
     try:
         path = huggingface_hub.hf_hub_download(
             model.repository, file.name, revision=revision, local_dir=folder, endpoint=endpoint
