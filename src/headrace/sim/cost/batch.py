@@ -165,7 +165,7 @@ class StepCost:
     memory_s: float = 0.0
     network_s: float = 0.0
     overhead_s: float = 0.0  # launching kernels, and the host's own work between steps
-    joules: float = 0.0
+    joules: float = 0.0  # 0 when the power of the device is unknown
     flops: float = 0.0
     memory_bytes: float = 0.0
     network_bytes: float = 0.0
