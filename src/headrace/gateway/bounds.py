@@ -80,6 +80,7 @@ _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 def decode(decoder: msgspec.json.Decoder[S], body: bytes) -> S:
     """A request body as a checked value. Raises Refused with the offending field as `param`."""
     try:
+        body.decode()  # also what the decoder would skip
         served = {field.encode_name for field in msgspec.structs.fields(decoder.type)}
         for name, raw in _FIELDS.decode(body).items():
             if name not in served and name not in IGNORED:
@@ -104,6 +105,6 @@ def _refuse_field(name: str, raw: msgspec.Raw) -> None:
 def _violation(message: str) -> Refused:
     """msgspec says 'Expected `float` <= 2.0 - at `$.temperature`'; the API names the field first."""
     sentence, _, place = message.partition(" - at ")
-    path = re.sub(r"^(?:key in )?`\$\.?|`$", "", place)[:100]
+    path = re.sub(r"^(?:`key` in )?`\$\.?|`$", "", place)[:100]
     param = re.split(r"[.\[]", path)[0] or None
     return bad(f"{path}: {sentence.lower()}." if path else f"{sentence}.", param, "invalid_value")

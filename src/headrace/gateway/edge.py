@@ -132,7 +132,10 @@ async def read_body(scope: Scope, receive: Receive, max_body: int) -> bytes:
     if kind != JSON:
         raise Refused(415, "Send JSON with the header 'Content-Type: application/json'.", code="unsupported_media_type")
     too_large = Refused(413, f"The request body is larger than {max_body} bytes.", code="body_too_large")
-    if int(headers.get(b"content-length", b"0")) > max_body:
+    length = headers.get(b"content-length", b"0")
+    if not re.fullmatch(rb"\d{1,18}", length):
+        raise bad("The Content-Length header is not a length.", code="invalid_length")
+    if int(length) > max_body:
         raise too_large
     body = bytearray()
     try:

@@ -20,7 +20,7 @@ from headrace.core.ports import Service
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # the registry keys collectors by identity
 class _Collected(Collector):
     """What Prometheus asks on every scrape."""
 

@@ -82,8 +82,14 @@ async def serve(
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
         with shutdown.on_signals():
+            serving = asyncio.ensure_future(server.serve(sockets=[listener]))
             announce(f"http://{host}:{port}")
-            await server.serve(sockets=[listener])
+            try:
+                await asyncio.shield(serving)
+            except asyncio.CancelledError:
+                server.should_exit = True  # connections are still closed in order
+                await serving
+                raise
     finally:
         listener.close()
         await shutdown.close()

@@ -31,9 +31,10 @@ _MAX_NUMBER = 1 << 64  # integers beyond this are a bomb, not a count
 _METER = "\0meter"  # a name that no template can write
 
 _FILTERS = frozenset(
-    "abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max min"
-    " reject rejectattr replace reverse round safe select selectattr sort string title trim unique upper".split()
+    "abs count d default dictsort first float groupby int items last length list map max min reject rejectattr reverse"
+    " round safe select selectattr sort unique".split()
 )
+_TEXT_FILTERS = ("capitalize", "lower", "string", "title", "trim", "upper")  # these write out what they are given
 _STR_METHODS = frozenset(
     "capitalize count endswith find index isalnum isalpha isdigit islower isnumeric isspace istitle isupper lower"
     " lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines"
@@ -63,31 +64,33 @@ class Meter:
     def weigh(self, value: Any) -> Any:
         """Let `value` pass if it is not too large; everything that passes counts."""
         self.tick()
-        weight = _weight(value)
-        self._chars -= weight
-        if weight > MAX_CHARS or self._chars < 0:
+        size = len(value) if isinstance(value, str | list | tuple | Mapping) else 1
+        self._chars -= size
+        if size > MAX_CHARS or self._chars < 0 or (isinstance(value, int) and abs(value) > _MAX_NUMBER):
             raise _TooMuch("its values grow too large")
         return value
 
 
-def _weight(value: Any, depth: int = 0) -> int:
-    """Characters in a value and in what it holds."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, int):
-        return MAX_CHARS + 1 if abs(value) > _MAX_NUMBER else 1
-    if depth > 64:
-        return MAX_CHARS + 1
-    if isinstance(value, Mapping):
-        value = (*value.keys(), *value.values())
-    elif not isinstance(value, list | tuple):
-        return 1
-    total = 0
-    for item in value:
-        total += 1 + _weight(item, depth + 1)
-        if total > MAX_CHARS:
-            break
-    return total
+def _check_size(chars: int) -> None:
+    if chars > MAX_CHARS:
+        raise _TooMuch("its values grow too large")
+
+
+def _written(value: Any) -> int:
+    """About how many characters `value` takes when written out. A list may hold the same long text many times, or
+    itself be held many times, so this counts what writing would, and stops where that becomes too much. An item counts
+    as 32 characters, which also bounds the walk to half a million items."""
+    chars, left = 0, [value]
+    while left:
+        item = left.pop()
+        chars += 32 + (len(item) if isinstance(item, str) else 0)
+        _check_size(chars)
+        if isinstance(item, Mapping):
+            left += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            left += item
+        _check_size(len(left))
+    return chars
 
 
 class _Metered:
@@ -173,7 +176,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         extensions = ("jinja2.ext.loopcontrols", _Generation)
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=_finalize)
-        self.filters = {name: self.filters[name] for name in _FILTERS} | _OWN_FILTERS
+        texts = {name: _of_text(self.filters[name]) for name in _TEXT_FILTERS}
+        self.filters = {name: self.filters[name] for name in _FILTERS} | texts | _OWN_FILTERS
         kept = ("range", "dict", "namespace")
         self.globals = {name: self.globals[name] for name in kept}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
@@ -182,6 +186,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(obj, str | bytes) and attr not in _STR_METHODS:
             return False
         return super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """No safe version of str.format: a width in a format is a bomb as well."""
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         meter: Meter = __context.parent[_METER]
@@ -200,8 +207,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 def _finalize(value: Any) -> Any:
     """What an expression prints as. A printed list repeats what it refers to, so its weight comes first."""
-    if not isinstance(value, str) and _weight(value) > MAX_CHARS:
-        raise _TooMuch("its output grows too large")
+    if not isinstance(value, str):
+        _written(value)
     return value
 
 
@@ -211,6 +218,16 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(form: str) -> str:
     return datetime.fromtimestamp(clock.wall()).strftime(form[:100])
+
+
+def _of_text(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of text that is given text, of bounded length."""
+
+    def filtered(value: Any, *args: Any, **kwargs: Any) -> Any:
+        _written(value)
+        return function(str(value), *args, **kwargs)
+
+    return filtered
 
 
 @pass_context
@@ -228,13 +245,14 @@ def _joined(context: Context, parts: Iterable[Any], sep: str = "", attribute: st
     items = list(_Metered(parts, context.parent[_METER]))
     if attribute is not None:
         items = [context.environment.getitem(item, attribute) for item in items]
-    _check_size(_weight(items) + len(sep) * len(items))
+    _check_size(_written(items) + len(sep) * len(items))
     return sep.join(map(str, items))
 
 
 @pass_context
 def _replace(context: Context, text: str, old: str, new: str, count: int = -1) -> str:
     context.parent[_METER].tick()
+    _written([text, old, new])
     text, old, new = str(text), str(old), str(new)
     _check_size(len(text) + text.count(old) * len(new))
     return text.replace(old, new, -1 if count is None else count)
@@ -243,6 +261,7 @@ def _replace(context: Context, text: str, old: str, new: str, count: int = -1) -
 @pass_context
 def _indented(context: Context, text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
     pad = width if isinstance(width, str) else " " * min(int(width), 64)
+    _written(text)
     lines = str(text).splitlines()
     _check_size(len(text) + len(pad) * len(lines))
     rest = "\n".join(pad + line if line or blank else line for line in lines[1:])
@@ -253,7 +272,7 @@ def _indented(context: Context, text: str, width: int | str = 4, first: bool = F
 @pass_context
 def _tojson(context: Context, value: Any, ensure_ascii: bool = False, indent: int | None = None, **kwargs: Any) -> str:
     """As Hugging Face's templates expect it: not escaped for HTML."""
-    _check_size(_weight(value) * (8 if indent else 1))
+    _check_size(_written(value) * (8 if indent else 1))
     separators = kwargs.get("separators")
     return json.dumps(
         value,
@@ -262,11 +281,6 @@ def _tojson(context: Context, value: Any, ensure_ascii: bool = False, indent: in
         separators=None if separators is None else (str(separators[0])[:4], str(separators[1])[:4]),
         sort_keys=bool(kwargs.get("sort_keys")),
     )
-
-
-def _check_size(chars: int) -> None:
-    if chars > MAX_CHARS:
-        raise _TooMuch("its values grow too large")
 
 
 _OWN_FILTERS: dict[str, Callable[..., Any]] = {

@@ -148,8 +148,9 @@ class Transcript:
         for at, token_id in enumerate(token_ids):
             if at < len(logprobs):
                 self._withheld.append((self._decoded_chars, logprobs[at]))
-            if 0 <= token_id < len(self._pieces):
-                grown = self._decoder.push(self._pieces[token_id])
+            # ids without a token, and special tokens, are not there: they do not even end a run of bytes
+            if 0 <= token_id < len(self._pieces) and (piece := self._pieces[token_id]):
+                grown = self._decoder.push(piece)
                 self._decoded_chars += len(grown)
                 text += grown
         return self._release(text)
