@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -236,6 +237,20 @@ def test_prompt_logprobs_come_once_and_in_order_and_read_no_cache() -> None:
     assert rig.outputs["asks"][-1].usage.cached_tokens == 0  # type: ignore[union-attr]
 
 
+def test_prompt_logprobs_that_come_again_after_a_preemption_are_dropped() -> None:
+    rig = Rig(budget=8)
+    rig.add(make_request("a", range(6), 9), make_request("asks", range(30), 4, prompt_logprobs=0))
+    for _ in range(3):
+        rig.step()
+    rig.scheduler.token_budget = 1  # only the decode fits, and that step fails
+    rig.step(fails=True)
+    rig.scheduler.token_budget = 8
+    rig.drain()
+    assert rig.outputs["asks"][-1].usage.preemptions == 1  # type: ignore[union-attr]
+    logprobs = [entry.logprob for output in rig.outputs["asks"] for entry in output.prompt_logprobs]
+    assert logprobs == [-float(position) for position in range(1, 30)]
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -274,16 +289,34 @@ def test_reserve_all_never_preempts() -> None:
     assert not rig.recorder.of(events.Preempted)
 
 
-def test_the_first_progresses_when_everybody_else_holds_the_memory() -> None:
-    """An old, preempted prompt must not starve behind decodes that are planned before it in every step."""
-    rig = Rig(blocks=6, budget=8, ordering="priority", admission=lambda *_: True)
-    rig.add(*(make_request(str(n), [n] * 5, 15) for n in range(3)))
+def test_the_first_is_never_stuck_twice_in_a_row() -> None:
+    """An urgent prompt comes after decodes in every plan, and they take each block that gets free. When that leaves it
+    without, it goes before them in the next step and takes theirs."""
+    rig = Rig(blocks=12, budget=12, ordering="priority", admission=lambda *_: True)
+    rig.add(*(make_request(str(n), [n] * 5, 30) for n in range(4)))
     rig.step()
     rig.step()
-    rig.add(make_request("urgent", range(19), 4, priority=9))
-    while rig.scheduler.live and rig.finish("urgent") is None:
+    rig.add(make_request("urgent", range(36), 4, priority=9))
+    while rig.finish("urgent") is None:
         rig.step()
+    served = [plan.step for plan in rig.plans if any(work.request_id == "urgent" for work in plan.work)]
+    gaps = [after - before for before, after in itertools.pairwise(served)]
+    assert max(gaps) == 2
+    assert "urgent" not in [event.request_id for event in rig.recorder.of(events.Preempted)]
     rig.drain()
+
+
+def test_nobody_takes_from_those_before_it_and_nobody_from_the_preempted() -> None:
+    """Whoever the policy picks is behind the needy one, so the oldest request is safe; and what was given back in a
+    step is not taken by an admission of the same step."""
+    rig = Rig(blocks=10, admission=lambda *_: True, preemption=lambda behind, needy: behind[0])
+    rig.add(*(make_request(str(n), [n] * 5, 20) for n in range(6)))
+    rig.drain()
+    preempted = rig.recorder.of(events.Preempted)
+    assert preempted
+    assert "0" not in [event.request_id for event in preempted]
+    admitted_s = {event.at_s for event in rig.recorder.of(events.Admitted)}
+    assert not admitted_s & {event.at_s for event in preempted}
 
 
 # -- order and budget --------------------------------------------------------------------------------------------------
@@ -321,6 +354,14 @@ def test_chunked_steps_keep_the_budget_and_skip_no_decode() -> None:
     for name in map(str, range(4)):
         served = [plan.step for plan in rig.plans if any(w.request_id == name and w.sample for w in plan.work)]
         assert served == list(range(served[0], served[0] + 20))
+
+
+def test_more_requests_than_budget_wait_for_their_turn() -> None:
+    rig = Rig(budget=3)
+    rig.add(*(make_request(str(n), [n] * 5, 5) for n in range(8)))
+    rig.drain()
+    assert max(plan.tokens for plan in rig.plans) == 3
+    assert max(event.running for event in rig.recorder.of(events.Planned)) == 3
 
 
 def test_prefill_first_computes_whole_prompts_and_stalls_decodes() -> None:

@@ -129,7 +129,7 @@ class Planner:
             return False
         if not self._lines.running_count:
             return True
-        if self._lines.running_count >= min(self._max_running, step.token_budget):
+        if self._lines.running_count >= self._max_running:
             return False
         adopted = self._memory.cost(hits)
         pool = self._pool_view()

@@ -160,8 +160,8 @@ class Scheduler:
         return outputs
 
     def fail(self, now: float, error: str) -> list[Output]:
-        """The step in flight failed: its requests end with this error, and what it promised to compute is forgotten. The
-        executor may know nobody any more, so those who were running beside the step start over, from the cache."""
+        """The step in flight failed: its requests end with this error, and what it should have computed is forgotten.
+        The executor may know nobody any more, so those who were running beside the step start over from the cache."""
         step = self._flight
         if step is None:
             return []
