@@ -21,9 +21,10 @@ MAY_IMPORT = {  # room -> the rooms below it that it may know
     "device": {"core"},
     "cluster": {"core", "engine"},
     "gateway": {"core"},
-    "bench": {"core"},
-    "sim": {"core", "engine", "cluster"},
-    "cli": {"core", "engine", "device", "cluster", "gateway", "bench", "sim"},
+    "workload": {"core"},
+    "bench": {"core", "workload"},
+    "sim": {"core", "workload", "engine", "cluster"},
+    "cli": {"core", "engine", "device", "cluster", "gateway", "workload", "bench", "sim"},
 }
 ONLY_IN = {  # a package -> the places that may import it
     "torch": {"device"},

@@ -7,7 +7,7 @@ import math
 from itertools import islice
 from pathlib import Path
 from random import Random
-from statistics import fmean, pvariance
+from statistics import fmean
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +17,6 @@ from headrace.bench.settings import BenchSettings
 from headrace.bench.workload import (
     arrivals,
     body,
-    gamma_gaps,
     jobs,
     parse_lengths,
     prompt_ids,
@@ -26,20 +25,6 @@ from headrace.bench.workload import (
     with_bodies,
 )
 from headrace.core.config import BadSetting
-
-
-@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
-def test_gaps_have_the_mean_and_the_variance_of_the_gamma_law(burstiness: float) -> None:
-    gaps = list(islice(gamma_gaps(20.0, burstiness, Random(1)), 40_000))
-    assert fmean(gaps) == pytest.approx(1 / 20, rel=0.04)
-    assert pvariance(gaps) == pytest.approx(1 / (burstiness * 20**2), rel=0.12)
-
-
-def test_poisson_gaps_are_exponential() -> None:
-    """Without memory: of the gaps longer than t, a share of exp(-1) is longer than t + 1/rate."""
-    gaps = list(islice(gamma_gaps(1.0, 1.0, Random(2)), 40_000))
-    longer = [gap for gap in gaps if gap > 0.7]
-    assert sum(gap > 1.7 for gap in longer) / len(longer) == pytest.approx(math.exp(-1), abs=0.015)
 
 
 def test_arrivals_start_at_zero_never_go_back_and_depend_on_the_seed_only() -> None:

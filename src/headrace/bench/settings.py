@@ -15,10 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from headrace.core.config import BadSetting, setting
+from headrace.workload.arrival import MAX_TOKENS
+from headrace.workload.settings import MAX_REQUESTS
 
 SLO_METRICS = ("ttft", "tpot", "itl", "e2e")
-MAX_REQUESTS = 10_000_000
-MAX_TOKENS = 10_000_000  # of one prompt or one answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,18 +10,20 @@ shared by a group, a block shared in a trace and a tail of one request are the s
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice, repeat
+from itertools import accumulate, chain, islice
 from random import Random
 from typing import Any
 
-from headrace.bench.settings import MAX_TOKENS, BenchSettings, parse_extra, parse_range
-from headrace.bench.traces import Row, read_trace
+from headrace.bench.settings import BenchSettings, parse_extra, parse_range
 from headrace.core.config import BadSetting
+from headrace.workload.arrival import Arrival
+from headrace.workload.laws import Count, parse_count
+from headrace.workload.settings import MAX_REQUESTS
+from headrace.workload.times import gamma_gaps
+from headrace.workload.traces import read_trace
 
-Law = Callable[[Random], int]
 Stretch = tuple[str, int]  # (key, tokens)
 
 _HELD_BYTES = 64 << 20  # request bodies made before the clock starts; later ones are made while waiting
@@ -47,30 +49,13 @@ class Job:
         return sum(tokens for _, tokens in self.stretches)
 
 
-def parse_lengths(text: str, flag: str) -> Law:
-    """'128', '64:256' (uniform, both included) or 'ln:128:0.8' (log-normal: median, sigma of the logarithm).
-
-    A log-normal draw is rounded, at least 1 and at most MAX_TOKENS; its mean is median * exp(sigma^2 / 2).
-    """
+def parse_lengths(text: str, flag: str) -> Count:
+    """'128', '64:256' (uniform, both included), 'ln:128:0.8' (log-normal: median, sigma of the logarithm) or another
+    law of `workload.laws`."""
     try:
-        if text.startswith("ln:"):
-            _, median, sigma = text.split(":")
-            return _log_normal(float(median), float(sigma))
-        low, _, high = text.partition(":")
-        return _uniform(int(low), int(high or low))
-    except ValueError as error:
-        raise BadSetting(f"--{flag} {text!r} is not N, LO:HI or ln:MEDIAN:SIGMA with lengths of 1 or more") from error
-
-
-def gamma_gaps(rate: float, burstiness: float, rng: Random) -> Iterator[float]:
-    """Seconds between arrivals, without end: Gamma of shape k = burstiness and mean 1/rate.
-
-    The variance is 1 / (k * rate^2): k = 1 is a Poisson process, k < 1 comes in bursts, large k is a metronome. An
-    infinite rate has no gaps.
-    """
-    if math.isinf(rate):
-        return repeat(0.0)
-    return (rng.gammavariate(burstiness, 1 / (rate * burstiness)) for _ in repeat(None))
+        return parse_count(text)
+    except BadSetting as error:
+        raise BadSetting(f"--{flag}: {error}") from error
 
 
 def arrivals(rate: float, burstiness: float, rng: Random) -> Iterator[float]:
@@ -88,9 +73,9 @@ def jobs(settings: BenchSettings) -> list[Job]:
     return [Job(job.index, at_s, job.stretches, job.output_tokens) for job, at_s in zip(made, times, strict=False)]
 
 
-def row_limit(settings: BenchSettings) -> int | None:
+def row_limit(settings: BenchSettings) -> int:
     """Rows of the trace to read."""
-    return min((n for n in (settings.requests, settings.limit) if n is not None), default=None)
+    return min(settings.requests or MAX_REQUESTS, settings.limit or MAX_REQUESTS)
 
 
 def drawn_jobs(settings: BenchSettings) -> list[Job]:
@@ -106,30 +91,23 @@ def drawn_jobs(settings: BenchSettings) -> list[Job]:
     return made
 
 
-def traced_jobs(settings: BenchSettings, rows: list[Row]) -> list[Job]:
+def traced_jobs(settings: BenchSettings, rows: Iterable[Arrival]) -> list[Job]:
     """Requests of a trace, at its times divided by `--trace-speed`."""
-    if settings.rate is None and any(row.at_s is None for row in rows):
-        raise BadSetting(f"{settings.trace} has lengths but no arrival times; give --rate")
-    return [
-        Job(
-            index,
-            None if row.at_s is None else row.at_s / settings.trace_speed,
-            row_stretches(row, index),
-            row.output_tokens,
-        )
-        for index, row in enumerate(rows)
-    ]
+    made = []
+    for index, row in enumerate(rows):
+        if settings.rate is None and row.at_s is None:
+            raise BadSetting(f"{settings.trace} has lengths but no arrival times; give --rate")
+        at_s = None if row.at_s is None else row.at_s / settings.trace_speed
+        made.append(Job(index, at_s, row_stretches(row, index), row.output_tokens))
+    return made
 
 
-def row_stretches(row: Row, index: int) -> tuple[Stretch, ...]:
-    """Blocks that the trace names, the last one cut to length, then what it does not name."""
-    parts: list[Stretch] = []
-    left = row.prompt_tokens
-    for key in row.blocks:
-        parts.append((f"block/{key}", min(left, row.block_tokens)))
-        left -= parts[-1][1]
-    parts.append((f"request/{index}", left))
-    return tuple(part for part in parts if part[1] > 0)
+def row_stretches(row: Arrival, index: int) -> tuple[Stretch, ...]:
+    """Blocks that the trace names, then what it does not name."""
+    return tuple(
+        (f"request/{index}" if stretch.name is None else f"block/{stretch.name}", stretch.tokens)
+        for stretch in row.prompt
+    )
 
 
 def warmup_jobs(settings: BenchSettings, measured: list[Job]) -> list[Job]:
@@ -183,16 +161,3 @@ def with_bodies(settings: BenchSettings, model: str, made: list[Job]) -> Iterato
         held.append(pair)
         held_bytes += len(pair[1])
     return chain(held, pairs)
-
-
-def _uniform(low: int, high: int) -> Law:
-    if not 1 <= low <= high <= MAX_TOKENS:
-        raise ValueError("bounds")
-    return lambda rng: rng.randint(low, high)
-
-
-def _log_normal(median: float, sigma: float) -> Law:
-    if not (1 <= median <= MAX_TOKENS and 0 <= sigma <= 10):
-        raise ValueError("bounds")
-    mu = math.log(median)
-    return lambda rng: min(MAX_TOKENS, max(1, round(rng.lognormvariate(mu, sigma))))
