@@ -35,7 +35,7 @@ SIZES = st.sampled_from([1, 3, 4, 16])
 
 
 def contents(prompt: Sequence[Stretch]) -> list[int]:
-    return list(token_ids(prompt, 0, sum(stretch.tokens for stretch in prompt)))
+    return token_ids(prompt, 0, sum(stretch.tokens for stretch in prompt))
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)

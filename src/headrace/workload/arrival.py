@@ -13,7 +13,7 @@ block size:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
@@ -117,25 +117,26 @@ def _segments(prompt: Sequence[Stretch], keyed_tokens: int) -> tuple[Segment, ..
     return (Blank(keyed_tokens), tail) if keyed_tokens else (tail,)
 
 
-def token_ids(prompt: Sequence[Stretch], start: int, end: int) -> Iterator[int]:
+def token_ids(prompt: Sequence[Stretch], start: int, end: int) -> list[int]:
     """Ids of the prompt tokens [start, end). Outside answers they are numbers that no vocabulary has: they serve to
     tell contents apart."""
+    ids: list[int] = []
     offset = 0
     for stretch in prompt:
         first, last = max(start - offset, 0), min(end - offset, stretch.tokens)
         offset += stretch.tokens
         if first < last:
-            yield from _ids(stretch, first, last)
+            ids += _ids(stretch, first, last)
+    return ids
 
 
-def _ids(stretch: Stretch, first: int, last: int) -> Iterator[int]:
+def _ids(stretch: Stretch, first: int, last: int) -> Sequence[int]:
     if stretch.answer:
-        for at in range(first, last):
-            yield STOP_TOKEN if at == stretch.tokens - 1 else ANSWER_TOKEN
-    else:
-        assert stretch.name is not None, "a nameless stretch has no ids"
-        base = stretch.name * _ODD & _NAMES
-        yield from range(base + first, base + last)
+        drawn = [ANSWER_TOKEN] * (last - first)
+        return drawn if last < stretch.tokens else [*drawn[1:], STOP_TOKEN]
+    assert stretch.name is not None, "a nameless stretch has no ids"
+    base = stretch.name * _ODD & _NAMES
+    return range(base + first, base + last)
 
 
 def block_keys(prompt: Sequence[Stretch], block_tokens: int, salt: bytes) -> tuple[BlockKey, ...]:
@@ -167,7 +168,7 @@ def block_keys(prompt: Sequence[Stretch], block_tokens: int, salt: bytes) -> tup
 def _hash_blocks(keys: list[BlockKey], prompt: Sequence[Stretch], count: int, block_tokens: int, salt: bytes) -> None:
     """Append keys until there are `count`."""
     first, last = len(keys) * block_tokens, count * block_tokens
-    ids = list(token_ids(prompt, first, last))
+    ids = token_ids(prompt, first, last)
     key = keys[-1] if keys else first_key(salt)
     for at in range(0, last - first, block_tokens):
         key = next_key(key, ids[at : at + block_tokens])
