@@ -159,40 +159,10 @@ def test_raw_rows_are_in_the_order_of_the_dequantised_ones(tmp_path: Path) -> No
         assert torch.equal(rows.contiguous().view(torch.float32), tensors.tensor(name))
 
 
-@pytest.mark.parametrize(("factor", "theta"), [(8.0, 500_000.0), (32.0, 500_000.0), (4.0, 10_000.0)])
-def test_llama3_scaling_is_recovered_from_its_divisors(factor: float, theta: float, tmp_path: Path) -> None:
-    """The divisors as converters write them, after the formula of Llama 3.1, wavelength by wavelength."""
-    divisors = []
-    for at in range(0, 64, 2):
-        wavelength = 2 * np.pi * theta ** (at / 64)
-        if wavelength < 8192 / 4:
-            divisors.append(1.0)
-        elif wavelength > 8192 / 1:
-            divisors.append(factor)
-        else:
-            smooth = (8192 / wavelength - 1) / (4 - 1)
-            divisors.append(1 / ((1 - smooth) / factor + smooth))
-
-    path = tmp_path / "llama3.gguf"
-    tensors = {"token_embd.weight": np.zeros((5, HIDDEN), np.float32), "rope_freqs.weight": np.float32(divisors)}
-
-    def metadata(writer: gguf.GGUFWriter) -> None:
-        for add, value in ((writer.add_block_count, 1), (writer.add_head_count, 2), (writer.add_context_length, 99)):
-            add(value)
-        writer.add_embedding_length(HIDDEN)
-        writer.add_feed_forward_length(FFN)
-        writer.add_key_length(64)
-        writer.add_rope_freq_base(theta)
-        words(writer)
-
-    scaling = open_checkpoint(gguf_files.write(path, tensors, fill=metadata)).config["rope_scaling"]
-    assert scaling == {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+def test_llama3_divisors_are_handed_on(tmp_path: Path) -> None:
+    divisors = np.float32([1.0, 1.0, 3.3, 8.0])
+    scaling = opened(tmp_path, extra={"rope_freqs.weight": divisors}).config["rope_scaling"]
+    assert scaling == {"rope_type": "factors", "factors": divisors.tolist()}
 
 
 def test_linear_scaling(tmp_path: Path) -> None:
@@ -223,8 +193,9 @@ def numbers(key: str, value: int) -> Fill:
     ("how", "reason"),
     [
         ({"arch": "mamba"}, "supported are llama, qwen2, qwen3, gemma3"),
-        ({"extra": {"rope_freqs.weight": np.full(4, 3.0, np.float32)}}, "not the scaling of a Llama 3"),
-        ({"extra": {"rope_freqs.weight": np.full(4, np.nan, np.float32)}}, "not the scaling of a Llama 3"),
+        ({"extra": {"rope_freqs.weight": np.zeros(4, np.float32)}}, "nothing can be divided by"),
+        ({"extra": {"rope_freqs.weight": np.full(4, np.nan, np.float32)}}, "nothing can be divided by"),
+        ({"extra": {"rope_freqs.weight": np.full(4, np.inf, np.float32)}}, "nothing can be divided by"),
         ({"extra": {"rope_freqs.weight": np.ones(3, np.float32)}}, "shape"),
         ({"extra": {"blk.0.ffn_up_exps.weight": np.ones(4, np.float32)}}, "mixture of experts"),
         ({"fill": numbers("split.count", 2)}, "one part of a split"),

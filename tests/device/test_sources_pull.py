@@ -133,7 +133,7 @@ def test_damaged_content_of_the_right_length_is_refused(name: str, hub: Hub, tmp
 
 def test_an_architecture_that_cannot_run_costs_no_weights(hub: Hub, tmp_path: Path) -> None:
     hub.repositories["org/single"]["config.json"] = b'{"model_type": "mamba"}'
-    with pytest.raises(BadModelFile, match="supported are llama"):
+    with pytest.raises(BadModelFile, match=r"supported are .*llama"):
         pull(hub, "org/single", tmp_path)
     assert hub.fetched() == ["config.json"]
 

@@ -247,9 +247,9 @@ def test_the_text_model_of_a_multimodal_gemma(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "mamba", "auto_map": {"AutoModel": "evil.py"}}, "supported are llama, mistral"),
-        ({"model_type": ["llama"]}, "supported are llama"),
-        ({"hidden_size": 8}, "supported are llama"),
+        ({"model_type": "mamba", "auto_map": {"AutoModel": "evil.py"}}, "supported are .*llama, mistral"),
+        ({"model_type": ["llama"]}, "supported are .*llama"),
+        ({"hidden_size": 8}, "supported are .*llama"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "use a GGUF file"),
         ({"model_type": "gemma3", "text_config": 3}, "no text_config"),
     ],

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from headrace.device.architecture import SUPPORTED
 from headrace.device.modelfile import BadModelFile, parse_object, read_object, read_text
 from headrace.device.tokenizer import Vocabulary
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3")
 _MAX_TEMPLATE_BYTES = 1 << 20
 
 _GEMMA3_TEXT: Mapping[str, Any] = {  # what published multimodal configs leave out
@@ -38,8 +38,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a supported text model. Raises BadModelFile."""
     config = read_object(folder / "config.json")
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise BadModelFile(f"{folder} has the model type {kind!r:.60}; supported are {', '.join(MODEL_TYPES)}")
+    if kind not in (*SUPPORTED, "gemma3"):
+        raise BadModelFile(f"{folder} has the model type {kind!r:.60}; supported are {', '.join(SUPPORTED)}")
     if config.get("quantization_config"):
         raise BadModelFile(f"{folder} holds quantised safetensors, which are not supported; use a GGUF file instead")
     if kind == "gemma3":

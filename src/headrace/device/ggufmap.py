@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from headrace.device.gguf import GGUFFile
@@ -48,11 +47,6 @@ _GEMMA_BLOCK = _BLOCK | {  # a norm before and after each half of the layer
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 
-_LLAMA3: Mapping[str, float] = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 _GEMMA_LOCAL_THETA = 10_000.0  # not in the file: the same for all of Gemma 3
 _GEMMA_PATTERN = 6  # every sixth layer attends to everything
 _GEMMA_27B_LAYERS = 62  # the one size whose query scale is not that of its head
@@ -201,11 +195,11 @@ def _refuse_unsupported(file: GGUFFile, meta: Metadata) -> None:
 
 
 def _rope_scaling(file: GGUFFile, meta: Metadata, head_dim: int) -> dict[str, Any] | None:
-    """How positions are scaled, in Hugging Face terms."""
+    """How positions are scaled, as a config says it; `{"rope_type": "factors", "factors": [...]}` is our addition."""
     if meta.count("{arch}.rope.dimension_count", head_dim) != head_dim:
         raise BadModelFile(f"{file.path} rotates only part of each head, which is not supported")
     if "rope_freqs.weight" in file.tensors:
-        return _llama3_scaling(file, meta, head_dim)
+        return {"rope_type": "factors", "factors": _divisors(file, head_dim // 2)}
     kind = meta.text("{arch}.rope.scaling.type") or "none"
     if kind == "none":
         return None
@@ -220,24 +214,15 @@ def _rope_scaling(file: GGUFFile, meta: Metadata, head_dim: int) -> dict[str, An
     return scaling
 
 
-def _llama3_scaling(file: GGUFFile, meta: Metadata, head_dim: int) -> dict[str, Any]:
-    """Llama 3 files carry one divisor per frequency instead of the parameters it was computed from.
-
-    All published ones share `_LLAMA3` and differ in `factor`, the largest divisor. They are recognised by computing
-    the divisors again; anything else is refused, because guessing would give a model that is subtly wrong.
-    """
+def _divisors(file: GGUFFile, pairs: int) -> list[float]:
+    """What each frequency is divided by: Llama 3 files carry this instead of the parameters it was computed from."""
     info = file.tensors["rope_freqs.weight"]
-    if info.shape != (head_dim // 2,):
-        raise BadModelFile(f"{file.path}: rope_freqs.weight has the shape {info.shape}, not ({head_dim // 2},)")
-    divisors = file.load(info.name).double()
-    factor = round(float(divisors.max()), 3) if bool(divisors.isfinite().all()) else 0.0
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    turns = _LLAMA3["original_max_position_embeddings"] * meta.number("{arch}.rope.freq_base", 10_000.0) ** -exponents
-    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
-    kept = ((turns / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    if factor < 1 or not torch.allclose(divisors, 1 / ((1 - kept) / factor + kept), rtol=1e-4, atol=0):
-        raise BadModelFile(f"{file.path}: rope_freqs.weight is not the scaling of a Llama 3 model; it is not supported")
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    if info.shape != (pairs,):
+        raise BadModelFile(f"{file.path}: rope_freqs.weight has the shape {info.shape}, not ({pairs},)")
+    divisors: list[float] = file.load(info.name).tolist()
+    if not all(0 < divisor < math.inf for divisor in divisors):
+        raise BadModelFile(f"{file.path}: rope_freqs.weight holds a number that nothing can be divided by")
+    return divisors
 
 
 def _window_config(meta: Metadata) -> dict[str, Any]:
