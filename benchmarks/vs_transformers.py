@@ -29,7 +29,7 @@ def load_transformers(model: str, dtype: torch.dtype) -> Any:
     checkpoint = open_checkpoint(sources.resolve(model, config.home()))
     settings = {key: value for key, value in checkpoint.config.items() if not key.startswith("headrace_")}
     theirs = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    built = AutoModelForCausalLM.from_config(theirs, dtype=dtype)
+    built = AutoModelForCausalLM.from_config(theirs, dtype=dtype)  # type: ignore[no-untyped-call]
     weights = {name: checkpoint.tensor(name).to(dtype) for name in checkpoint.names()}
     missing, unexpected = built.load_state_dict(weights, strict=False)
     built.tie_weights()

