@@ -37,7 +37,7 @@ class Ready:
             usage = Usage(request.prompt_tokens, at + 1, 0) if last else None
             yield Output(request.id, (at % 90 + 3,), finish=FinishReason.LENGTH if last else None, usage=usage)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         raise AssertionError("nothing here is aborted")
 
     def status(self) -> Status:

@@ -138,7 +138,7 @@ class RoteService:
     def _usage(self, request: Request, tokens: int) -> Usage:
         return Usage(request.prompt_tokens, tokens, self.cached_tokens)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         if request_id in self.open:
             self.aborted.append(request_id)
             self._told.add(request_id)

@@ -11,7 +11,11 @@ from headrace.core import config
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="measure any OpenAI-compatible server", description=__doc__)
+    from headrace.cli import Formatter
+
+    parser = commands.add_parser(
+        "bench", help="measure any OpenAI-compatible server", description=__doc__, formatter_class=Formatter
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with a section [bench]")
     config.add_flags(parser, BenchSettings)
     parser.set_defaults(run=run)

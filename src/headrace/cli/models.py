@@ -10,7 +10,11 @@ from headrace.core.config import format_bytes
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("models", help="list the models on this machine", description=__doc__)
+    from headrace.cli import Formatter
+
+    parser = commands.add_parser(
+        "models", help="list the models on this machine", description=__doc__, formatter_class=Formatter
+    )
     parser.set_defaults(run=run)
 
 

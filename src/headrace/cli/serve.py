@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import sys
 from typing import Any
 
@@ -44,6 +45,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from headrace.gateway.server import check
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     toml = config.read_toml(args.config)
     settings = config.load(GatewaySettings, args, toml)
     check(settings)  # before minutes of loading, not after

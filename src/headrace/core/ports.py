@@ -8,7 +8,7 @@ from typing import Protocol
 
 from headrace.core.events import Event
 from headrace.core.step import StepPlan, StepResult
-from headrace.core.types import Output, Request, RequestId
+from headrace.core.types import FinishReason, Output, Request, RequestId
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Service(Protocol):
         the first output. Closing the iterator early aborts the request before the next step is planned."""
         ...
 
-    def abort(self, request_id: RequestId) -> None:
-        """End a request; its stream gets FinishReason.ABORT. Unknown ids are ignored."""
+    def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a request; its stream gets `reason` (STOP where a stop string was seen). Unknown ids are ignored."""
         ...
 
     def status(self) -> Status: ...

@@ -62,9 +62,9 @@ class Engine:
             if not finished and self._streams.get(request.id) is stream:
                 self.abort(request.id)
 
-    def abort(self, request_id: RequestId) -> None:
+    def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
         """See `core.ports.Service`."""
-        output = self._scheduler.abort(request_id, clock.now())
+        output = self._scheduler.abort(request_id, clock.now(), reason)
         if output is not None:
             self._deliver([output])
             self._work.set()

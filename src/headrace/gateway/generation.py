@@ -148,7 +148,7 @@ class Generation:
             if output.finish is None:
                 # the text is complete, so it goes out before the service has said what the request had cost
                 yield Piece(at, text, shown, output.prompt_logprobs)
-                self.service.abort(request.id)
+                self.service.abort(request.id, FinishReason.STOP)
                 async for rest in outputs:
                     tally.note(rest.usage)
                 text, shown = "", ()

@@ -122,8 +122,8 @@ class Recorded:
         finally:
             self._recorder.forget(request.id)  # after its last event
 
-    def abort(self, request_id: RequestId) -> None:
-        self._service.abort(request_id)
+    def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
+        self._service.abort(request_id, reason)
 
     def status(self) -> Status:
         return self._service.status()
