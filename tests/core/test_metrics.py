@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from headrace.core.events import Admitted, Arrived, Drew, Finished, Planned, Preempted, Rejected, StepDone
+import pytest
+
+from headrace.core.events import Admitted, Arrived, Decoded, Drew, Finished, Planned, Preempted, Rejected, StepDone
 from headrace.core.metrics import Histogram, Metrics
+from headrace.core.step import Decode, Run
 from headrace.core.types import FinishReason, Usage
 
 
@@ -13,7 +16,7 @@ def life(metrics: Metrics) -> None:
         metrics.observe(Arrived(0.0, name, 100, 8))
         metrics.observe(Admitted(1.0, name, 64, 1.0, again=False))
     metrics.observe(Planned(1.0, 0, 2, 72, 2, 0, 10, 100))
-    metrics.observe(StepDone(2.0, 0, 1.0, 72))
+    metrics.observe(StepDone(2.0, 0, 1.0, 72, Run(1, 1.0), 10, 10.0))
     metrics.observe(Drew(2.0, ("a", "b"), (1, 1), ("a", "b")))
     metrics.observe(Drew(2.5, ("a", "b"), (1, 1), ()))
     metrics.observe(Preempted(2.5, "b", 101, "memory"))
@@ -74,3 +77,24 @@ def test_a_histogram_counts_bounds_inclusively_and_cumulates() -> None:
         histogram.add(value, times)
     assert list(histogram.cumulative()) == [("1.0", 3), ("2.0", 4), ("+Inf", 5)]
     assert histogram.sum == 13.0
+
+
+def test_repetitions_count_as_if_they_were_told_one_by_one() -> None:
+    run = Run(50, 0.02, 0.0013)
+    ends = [run.until(steps) for steps in range(1, 51)]
+    at_once, stepped = Metrics(), Metrics()
+    for metrics in (at_once, stepped):
+        metrics.observe(Drew(-0.5, ("a", "b"), (1, 1), ("a", "b")))
+        metrics.observe(Drew(0.0, ("b",), (1,), ()))
+    rows = (Decode("a", 7), Decode("b", 9), Decode("gone", 2))
+    at_once.observe(StepDone(ends[-1], 3, ends[-1], 3, run, 7, 1.0))
+    at_once.observe(Decoded(ends[-1], rows, (), 2, run))
+    for begin, end in zip([0.0, *ends], ends, strict=False):
+        stepped.observe(StepDone(end, 3, end - begin, 3, Run(1, end - begin), 7, 1.0))
+        stepped.observe(Decoded(end, rows, (), 2, Run(1, end - begin)))
+    assert at_once.output_tokens == stepped.output_tokens == 103
+    for name, histogram in at_once.histograms.items():
+        assert histogram.counts == stepped.histograms[name].counts, name
+        assert histogram.sum == pytest.approx(stepped.histograms[name].sum, rel=1e-12)
+    assert sum(at_once.histograms["inter_token_latency_seconds"].counts) == 101
+    assert at_once._last_token_s == pytest.approx(stepped._last_token_s)

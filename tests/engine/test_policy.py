@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 from engine_rig import make_request
@@ -101,7 +101,7 @@ def test_chunked_gives_decodes_what_they_need_and_prompts_the_rest() -> None:
     shares = play(chunked(BATCH), [3, 20])
     assert [share.tokens for share in shares] == [3, 29, 9]
     assert [share.requests for share in shares] == [BATCH.decoding, BATCH.prefilling, BATCH.waiting]
-    crowded = replace(BATCH, token_budget=2)
+    crowded = BATCH._replace(token_budget=2)
     assert [share.tokens for share in play(chunked(crowded), [3, 0])] == [3, -1, -1]
 
 

@@ -21,7 +21,7 @@ def progress(number: int, **more: object) -> Progress:
 @pytest.mark.parametrize("start", State)
 @pytest.mark.parametrize("end", State)
 def test_only_legal_transitions_happen(start: State, end: State) -> None:
-    lines, one = Lines(), progress(1)
+    lines, one = Lines(4), progress(1)
     lines.enter(one)
     if start is not State.WAITING:
         lines.move(one, start)
@@ -36,7 +36,7 @@ def test_only_legal_transitions_happen(start: State, end: State) -> None:
 
 
 def test_lines_keep_the_order_whatever_the_order_of_arrival() -> None:
-    lines, rng = Lines(), random.Random(0)
+    lines, rng = Lines(4), random.Random(0)
     for number in range(50):
         lines.enter(progress(number, arrival_s=float(rng.randrange(10))))
     for one in rng.sample(lines.waiting.members, 30):
@@ -50,7 +50,7 @@ def test_lines_keep_the_order_whatever_the_order_of_arrival() -> None:
 
 
 def test_deadlines_come_in_order_and_do_not_pile_up() -> None:
-    lines, deadlines = Lines(), Deadlines()
+    lines, deadlines = Lines(4), Deadlines()
     for number in range(1000):
         one = progress(number, deadline_s=1e9 - number)
         lines.enter(one)

@@ -397,7 +397,9 @@ def test_tokens_of_one_request_come_at_growing_times() -> None:
     rig.add(*(make_request(str(n), range(n, n + 6), 9) for n in range(4)))
     rig.drain()
     for name in rig.requests:
-        times = [event.at_s for event in rig.recorder.of(events.Drew) if name in event.request_ids]
+        drew = [(event.at_s, event.request_ids) for event in rig.recorder.of(events.Drew)]
+        drew += [(event.at_s, dict(event.rows)) for event in rig.recorder.of(events.Decoded)]
+        times = sorted(at_s for at_s, ids in drew if name in ids)
         assert times == sorted(set(times))
         assert len(times) == 9
 

@@ -18,7 +18,7 @@ from headrace.core.config import EngineSettings
 from headrace.core.events import Admitted, Event, Finished, Preempted
 from headrace.core.ports import Capacity, Executor
 from headrace.core.step import StepPlan, StepResult
-from headrace.core.types import Output, Request, Sampling
+from headrace.core.types import FinishReason, Output, Request, Sampling
 from headrace.engine.loop import Engine
 from headrace.engine.scheduler import Scheduler
 from headrace.sim.recording import Abort, Arrive, Done, Entry, Plan, Recorder, read
@@ -81,8 +81,30 @@ class _Failing:
             raise RuntimeError("the device fell over")
         return await self.executor.run(plan)
 
+    def interrupt(self) -> None:
+        return
+
     async def close(self) -> None:
         await self.executor.close()
+
+
+async def watch_for(engine: Engine, one: Request, wanted: frozenset[int]) -> None:
+    """What the gateway does for stop strings: read, and end the request once it has said it."""
+    async for output in engine.generate(one):
+        if wanted.intersection(output.token_ids) and output.finish is None:
+            engine.abort(one.id, FinishReason.STOP)
+
+
+async def stopping(engine: Engine) -> None:
+    """Some requests end by a stop token, some because of what they said."""
+    rng = random.Random(9)
+    readers = []
+    for number in range(40):
+        some = frozenset(rng.sample(range(VOCAB), 20))
+        one = make(rng, number, [], stop_token_ids=some if number % 2 else frozenset())
+        readers.append(asyncio.create_task(watch_for(engine, one, frozenset() if number % 2 else some)))
+        await clock.sleep(0.004 * rng.random())
+    await asyncio.gather(*readers)
 
 
 async def consume(stream: AsyncIterator[Output], most: int = 10**9) -> list[int]:
@@ -157,6 +179,7 @@ RUNS: dict[str, tuple[dict[str, object], Client, dict[str, int]]] = {
         impatient,
         {"deadline": 3, "length": 5},
     ),
+    "stops": ({}, stopping, {"stop": 20}),
     "failures": ({"failing": frozenset({5, 40})}, crowd(20, 0.004, 20), {"error": 1, "length": 5}),
 }
 

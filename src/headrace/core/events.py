@@ -1,17 +1,18 @@
 """Facts about what happened, in the order it happened; observers fold them into metrics, logs and reports.
 
-Every event carries `at_s`, the clock's time when it became true, so intervals are differences of one clock.
+Every event carries `at_s`, the clock's time when it became true, so intervals are differences of one clock. Events are
+tuples, because several are made in every step: a frozen dataclass takes three times as long to make.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
+from headrace.core.step import Decode, Run
 from headrace.core.types import FinishReason, Request, RequestId, Usage
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(NamedTuple):
     at_s: float
     request_id: RequestId
     prompt_tokens: int
@@ -19,8 +20,7 @@ class Arrived:
     request: Request | None = None  # for those who record; None where the request itself stayed behind
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(NamedTuple):
     at_s: float
     request_id: RequestId
     cached_tokens: int  # KV found in the prefix cache
@@ -28,8 +28,7 @@ class Admitted:
     again: bool  # True when it had been admitted before and was preempted
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(NamedTuple):
     at_s: float
     step: int
     requests: int
@@ -40,26 +39,28 @@ class Planned:
     total_blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepDone:
-    at_s: float
+class StepDone(NamedTuple):
+    """One step, or several repetitions of one."""
+
+    at_s: float  # the end of the last one
     step: int
-    seconds: float
-    tokens: int
+    seconds: float  # altogether
+    tokens: int  # computed by each
+    run: Run  # how many there were and how long each took
+    used_blocks: int  # in the last repetition
+    used_block_s: float  # the integral of the used blocks over these seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Preempted:
+class Preempted(NamedTuple):
     at_s: float
     request_id: RequestId
     lost_tokens: int  # computed tokens whose KV must be found or computed again
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Drew:
-    """The tokens that one step drew, in one event because there may be hundreds. The inter-token latency of a request
-    is the difference of two of these."""
+class Drew(NamedTuple):
+    """Tokens drawn outside the beat: after a prefill. The inter-token latency of a request is the difference between
+    two of its draws, whatever the event."""
 
     at_s: float
     request_ids: tuple[RequestId, ...]
@@ -67,8 +68,18 @@ class Drew:
     first: tuple[RequestId, ...]  # those for whom these were the first
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Decoded(NamedTuple):
+    """The beat went on: one event because there may be hundreds of requests and thousands of repetitions. Each of
+    them drew one token in each repetition; those who finished meanwhile, before this event, drew nothing."""
+
+    at_s: float  # the end of the last repetition
+    rows: tuple[Decode, ...]
+    paused: tuple[RequestId, ...]  # who decodes but took no part
+    requests: int  # who drew: the rows without those who left in flight
+    run: Run
+
+
+class Finished(NamedTuple):
     at_s: float
     request_id: RequestId
     reason: FinishReason
@@ -79,8 +90,7 @@ class Finished:
     max_new_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Rejected:
+class Rejected(NamedTuple):
     """The queue was full or the request could never fit; it has no other event."""
 
     at_s: float
@@ -88,4 +98,4 @@ class Rejected:
     reason: str
 
 
-Event = Arrived | Admitted | Planned | StepDone | Preempted | Drew | Finished | Rejected
+Event = Arrived | Admitted | Planned | StepDone | Preempted | Drew | Decoded | Finished | Rejected

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from headrace.core.events import (
     Admitted,
     Arrived,
+    Decoded,
     Drew,
     Event,
     Finished,
-    Planned,
     Preempted,
     Rejected,
     StepDone,
 )
+from headrace.core.step import Run
 from headrace.core.types import RequestId
 
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
@@ -42,6 +43,28 @@ class Histogram:
     def add(self, value: float, times: int = 1) -> None:
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
+
+    def add_run(self, run: Run, times: int = 1) -> None:
+        """`times` of each of the durations of a run. They are monotone, so each bucket gets a stretch of them."""
+        done = 0
+        while done < run.steps:
+            left = run.after(done)
+            at = bisect_left(self.bounds, left.first_s)
+            stretch = self._stretch(left, at)
+            self.counts[at] += stretch * times
+            done += stretch
+        self.sum += run.total_s * times
+
+    def _stretch(self, run: Run, at: int) -> int:
+        """How many durations from the first on fall into bucket `at`, which holds the first."""
+        if not run.slope_s:
+            return run.steps
+        low, high = 1, run.steps
+        while low < high:
+            middle = (low + high + 1) // 2
+            inside = bisect_left(self.bounds, run.first_s + (middle - 1) * run.slope_s) == at
+            low, high = (middle, high) if inside else (low, middle - 1)
+        return low
 
     def cumulative(self) -> Sequence[tuple[str, int]]:
         """(upper bound as Prometheus writes it, how many were at most that)."""
@@ -84,12 +107,13 @@ class Metrics:
 
     def observe(self, event: Event) -> None:
         match event:
+            case Decoded():
+                self._decoded(event)
             case Drew():
                 self._drew(event)
-            case Planned():
-                self.histograms["iteration_tokens_total"].add(event.tokens)
             case StepDone():
-                self.histograms["step_seconds"].add(event.seconds)
+                self.histograms["iteration_tokens_total"].add(event.tokens, event.run.steps)
+                self.histograms["step_seconds"].add_run(event.run)
             case Arrived():
                 self._prompts[event.request_id] = event.prompt_tokens
             case Admitted() if not event.again:
@@ -103,15 +127,26 @@ class Metrics:
             case Finished():
                 self._finish(event)
 
-    def _drew(self, event: Drew) -> None:
+    def _decoded(self, event: Decoded) -> None:
         """Requests that decode together share their gaps, so equal ones are counted before they are added."""
+        self.output_tokens += event.requests * event.run.steps
+        last_s = self._last_token_s
+        drew = [request_id for request_id, _ in event.rows if request_id in last_s]
+        later = event.run.after(1)
+        first_s = event.at_s - later.total_s  # the end of the first repetition
+        for before, times in Counter(map(last_s.__getitem__, drew)).items():
+            self.histograms["inter_token_latency_seconds"].add(first_s - before, times)
+        self.histograms["inter_token_latency_seconds"].add_run(later, len(drew))
+        last_s.update(dict.fromkeys(drew, event.at_s))
+
+    def _drew(self, event: Drew) -> None:
         self.output_tokens += sum(event.tokens)
         for request_id in event.first:
             self.prompt_tokens += self._prompts.get(request_id, 0)
-        before = map(self._last_token_s.get, event.request_ids)
-        for (last, tokens), times in Counter(zip(before, event.tokens, strict=True)).items():
+        for request_id, tokens in zip(event.request_ids, event.tokens, strict=True):
+            last = self._last_token_s.get(request_id)
             if last is not None:
-                self.histograms["inter_token_latency_seconds"].add((event.at_s - last) / tokens, times)
+                self.histograms["inter_token_latency_seconds"].add((event.at_s - last) / tokens)
         self._last_token_s.update(dict.fromkeys(event.request_ids, event.at_s))
 
     def _finish(self, event: Finished) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from headrace.core.events import Event
-from headrace.core.step import StepPlan, StepResult
+from headrace.core.step import Run, StepPlan, StepResult
 from headrace.core.types import FinishReason, Output, Request, RequestId
 
 
@@ -19,6 +19,7 @@ class Capacity:
     block_tokens: int
     max_context_tokens: int  # prompt plus output of one request: the model's limit or what fits, the smaller
     vocab: int
+    steps: int = 1  # how often it may repeat the beat of one plan
 
 
 class Executor(Protocol):
@@ -29,6 +30,11 @@ class Executor(Protocol):
 
     async def run(self, plan: StepPlan) -> StepResult:
         """Perform one step. Raises if the step failed as a whole; the executor has then forgotten all its requests."""
+        ...
+
+    def interrupt(self) -> Run | None:
+        """Something happens that the plan did not foresee: return from `run` after the repetition in progress. Tells
+        which repetitions were over before it and are not to be reported again; None if there were none."""
         ...
 
     async def close(self) -> None: ...

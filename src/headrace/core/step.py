@@ -2,7 +2,8 @@
 
 A plan says how many tokens of each request to compute, not which phase it is in: prefill, a chunk, decoding,
 verification of drafts and recomputation are readings of one number. Plans send differences: a request's tokens and
-block table travel once, when it is admitted, and grow by what each `Work` adds.
+block table travel once, when it is admitted, and grow by what each `Work` adds. What every step makes is a tuple: a
+frozen dataclass takes three times as long to make.
 
             known tokens of one request
     |<------ computed: KV in blocks ------>|<-- this step -->|<-- later -->|
@@ -12,8 +13,10 @@ block table travel once, when it is admitted, and grow by what each `Work` adds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from headrace.core.types import Request, RequestId, TokenLogprob
@@ -21,8 +24,7 @@ from headrace.core.types import Request, RequestId, TokenLogprob
 Block = int  # index of one KV block in its tier
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(NamedTuple):
     """A request the executor has not seen, or has forgotten since it was preempted."""
 
     request: Request
@@ -32,8 +34,7 @@ class Admitted:
 
 
 class Work(NamedTuple):
-    """One request's share of a step. Rows are computed in the order of `StepPlan.work`. A tuple, because one is made
-    per request and step: a frozen dataclass takes three times as long to make."""
+    """One request's share of a step. Rows are computed in the order of `StepPlan.work`."""
 
     request_id: RequestId
     start: int  # position of the first token to compute: so many are in the KV already
@@ -43,6 +44,33 @@ class Work(NamedTuple):
     replaced_blocks: tuple[tuple[int, Block], ...] = ()  # (index in the table, block): adopted from another request
     layers: tuple[int, int] | None = None  # [first, last) layers to run; None is all of them
     lane: int = 0  # index into StepPlan.lanes
+
+
+class Decode(NamedTuple):
+    """A request that decodes: in beat b it computes the token at position b + offset. The beat counts on and the
+    offset stays, so nothing has to be touched for a request that does nothing but go on."""
+
+    request_id: RequestId
+    offset: int
+
+
+class Beat(NamedTuple):
+    """Everybody who decodes computes one token and samples the next.
+
+         beat 7   8   9  10
+    a         o   o   o   o      offset 33: positions 40, 41, 42, 43
+    b             o   o   o      offset 12: positions 20, 21, 22, after its prefill ended beside beat 7
+    """
+
+    number: int  # counts from 0 over the life of the scheduler; a plan without one skips no number
+    rows: tuple[Decode, ...]
+    context_tokens: int  # the sum of the rows' positions
+    new_blocks: Mapping[RequestId, tuple[Block, ...]]  # appended to their block tables before computing
+    paused: tuple[RequestId, ...] = ()  # who decodes but not in this beat, for want of a block or because it goes alone
+
+    def work(self) -> list[Work]:
+        number, blocks = self.number, self.new_blocks
+        return [Work(name, number + offset, 1, True, blocks.get(name, ())) for name, offset in self.rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +93,54 @@ class Copy:
 SERIAL = (Lane(),)
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """Everything one step does. All KV writes of a layer come before its attention, so requests of one step may
-    share blocks that the same step fills."""
+    share blocks that the same step fills.
 
-    step: int  # counts from 0 and never repeats
-    work: tuple[Work, ...]
+    A plan with a beat and nothing else may stand for several steps: nothing that the scheduler knows will change the
+    batch. An executor whose `Capacity.steps` is more than one, which therefore needs no block tables, may repeat the
+    beat until a request draws a stop token, until a repetition ends at or after `until_s`, or until it is interrupted.
+    """
+
+    step: int  # counts from 0 and never repeats, but for repetitions
+    others: tuple[Work, ...]  # the rows that are not in the beat
     admitted: tuple[Admitted, ...] = ()  # before `work`
     released: tuple[RequestId, ...] = ()  # finished, aborted or preempted since the last plan: forget those you know
     copies: tuple[Copy, ...] = ()
     lanes: tuple[Lane, ...] = SERIAL
+    beat: Beat | None = None
+    steps: int = 1  # the most repetitions of the beat
+    until_s: float = math.inf
+
+    @property
+    def work(self) -> tuple[Work, ...]:
+        """Every row of one repetition, made when somebody asks, O(rows): ask once."""
+        return self.others if self.beat is None else (*self.beat.work(), *self.others)
 
     @property
     def tokens(self) -> int:
-        return sum(work.tokens for work in self.work)
+        """Of one repetition."""
+        return sum(work.tokens for work in self.others) + (len(self.beat.rows) if self.beat else 0)
+
+
+class Run(NamedTuple):
+    """Consecutive repetitions of one step: repetition i took first_s + i * slope_s seconds."""
+
+    steps: int
+    first_s: float
+    slope_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.until(self.steps)
+
+    def until(self, steps: int) -> float:
+        """Seconds of the first `steps` repetitions."""
+        return steps * self.first_s + self.slope_s * (steps * (steps - 1) / 2)
+
+    def after(self, steps: int) -> Run:
+        """What is left after the first `steps` repetitions."""
+        return Run(self.steps - steps, self.first_s + steps * self.slope_s, self.slope_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +151,11 @@ class Sampled:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
+    """What one step did, or some repetitions of one."""
+
     step: int
-    sampled: Mapping[RequestId, Sampled]
-    prompt_logprobs: Mapping[RequestId, tuple[TokenLogprob, ...]] = field(default_factory=dict)
+    sampled: Mapping[RequestId, Sampled]  # in the last repetition
+    prompt_logprobs: Mapping[RequestId, tuple[TokenLogprob, ...]] = MappingProxyType({})
+    others_drew: int | None = None  # the token of every row that samples and is not in `sampled`, if there may be such
+    run: Run | None = None  # the repetitions and their durations; None: one, which took as long as it took

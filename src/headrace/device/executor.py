@@ -75,6 +75,9 @@ class TorchExecutor:
     async def run(self, plan: StepPlan) -> StepResult:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.step, plan)
 
+    def interrupt(self) -> None:
+        """Its plans stand for one step each."""
+
     async def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
@@ -82,11 +85,12 @@ class TorchExecutor:
     def step(self, plan: StepPlan) -> StepResult:
         """Perform one plan, blocking. On any error every request is forgotten, as the port says."""
         try:
-            self._update(plan)
-            if not plan.work:
+            works = plan.work
+            self._update(plan, works)
+            if not works:
                 return StepResult(plan.step, {})
-            hidden = self._forward(plan.work)
-            return StepResult(plan.step, self._sample(plan.work, hidden), self._prompt_logprobs(plan.work, hidden))
+            hidden = self._forward(works)
+            return StepResult(plan.step, self._sample(works, hidden), self._prompt_logprobs(works, hidden))
         except BaseException:
             self._sequences.clear()
             raise
@@ -109,7 +113,7 @@ class TorchExecutor:
         self.step(StepPlan(0, (), released=("measure",)))
         return min(seconds[1:])
 
-    def _update(self, plan: StepPlan) -> None:
+    def _update(self, plan: StepPlan, works: Sequence[Work]) -> None:
         """Forget, remember, and grow block tables."""
         if plan.copies:
             raise NotImplementedError("this executor keeps all KV on one device: no copies")
@@ -117,7 +121,7 @@ class TorchExecutor:
             self._sequences.pop(request_id, None)
         for admitted in plan.admitted:
             self._sequences[admitted.request.id] = _remember(admitted)
-        for work in plan.work:
+        for work in works:
             if work.layers is not None:
                 raise NotImplementedError("this executor runs whole steps: no layer ranges")
             sequence = self._sequences[work.request_id]

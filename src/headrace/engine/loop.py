@@ -38,12 +38,14 @@ class Engine:
         self._state = "ready"
         self._error: str | None = None
         self._failures = 0
+        self._repeats = False  # the plan in flight stands for several steps
         self._last_progress_s: float | None = None
 
     def submit(self, request: Request) -> None:
         """Take a request whose outputs nobody reads: what becomes of it, the observer learns. Raises as `generate`."""
         if self._state != "ready":
             raise Unavailable(self._error or f"the replica is {self._state} and takes no new requests")
+        self._interrupt()
         self._scheduler.add(request, clock.now())
         self._empty.clear()
         self._work.set()
@@ -64,6 +66,7 @@ class Engine:
 
     def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
         """See `core.ports.Service`."""
+        self._interrupt()
         output = self._scheduler.abort(request_id, clock.now(), reason)
         if output is not None:
             self._deliver([output])
@@ -122,6 +125,7 @@ class Engine:
             raise
 
     async def _step(self, plan: StepPlan) -> None:
+        self._repeats = plan.steps > 1
         try:
             result = await self._executor.run(plan)
             outputs = self._scheduler.commit(result, clock.now())
@@ -134,7 +138,16 @@ class Engine:
             self._failures = 0
             self._last_progress_s = clock.now()
             self._deliver(outputs)
+        self._repeats = False
         await clock.sleep(0)  # readers of this step's outputs run before the next plan, whatever the executor does
+
+    def _interrupt(self) -> None:
+        """What happens now belongs to the step in progress, not behind all those that a plan may stand for."""
+        if self._repeats:
+            self._repeats = False
+            over = self._executor.interrupt()
+            if over is not None:
+                self._scheduler.advance(over)
 
     def _deliver(self, outputs: Iterable[Output]) -> None:
         for output in outputs if self._streams else ():

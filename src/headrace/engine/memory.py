@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from headrace.core.keys import first_key, next_key
 from headrace.core.step import Block
-from headrace.core.types import BlockKey
+from headrace.core.types import BlockKey, RequestId
 from headrace.engine.pool import Pool
 from headrace.engine.prefix import PrefixIndex
 from headrace.engine.progress import Progress
@@ -74,11 +74,19 @@ class Memory:
 
     def grow(self, progress: Progress, tokens: int) -> tuple[Block, ...]:
         """Take blocks until the table holds `tokens`; the caller has made sure that they are there."""
-        table, allocate = progress.blocks, self.pool.allocate
-        before = len(table)
-        while len(table) * self.block_tokens < tokens:
-            table.append(allocate())
-        return tuple(table[before:])
+        missing = self.blocks_for(tokens) - len(progress.blocks)
+        if missing <= 0:
+            return ()
+        taken = self.pool.take(missing)
+        progress.blocks += taken
+        return tuple(taken)
+
+    def begin(self, some: Sequence[Progress]) -> dict[RequestId, tuple[Block, ...]]:
+        """Take one more block for each; the caller has made sure that they are there."""
+        taken = self.pool.take(len(some))
+        for progress, block in zip(some, taken, strict=True):
+            progress.blocks.append(block)
+        return {progress.id: (block,) for progress, block in zip(some, taken, strict=True)}
 
     def name(self, progress: Progress, fresh: list[BlockKey]) -> None:
         """Enter the full blocks whose keys are known into the index; append the keys that are new there to `fresh`."""

@@ -6,18 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import compress, repeat
 
 from headrace.core import events
 from headrace.core.ports import Observer
-from headrace.core.step import Admitted, Block, Work
-from headrace.core.types import BlockKey
+from headrace.core.step import Admitted, Beat, Block, Run, Work
+from headrace.core.types import BlockKey, RequestId
 from headrace.engine.memory import Memory
-from headrace.engine.policy import BatchView, Policies, PoolView, Share
+from headrace.engine.policy import REPEATABLE, SETTLED, BatchView, Policies, PoolView, Share
 from headrace.engine.progress import Progress, State
 from headrace.engine.queue import Bounds, Lines
-
-new_row = tuple.__new__  # map(new_row, repeat(Work), zip(columns)) makes rows much faster than calling Work does
 
 
 @dataclass(slots=True)
@@ -28,19 +25,30 @@ class Step:
     now: float
     token_budget: int
     decoding: tuple[Progress, ...]
-    work: list[Work] = field(default_factory=list)
-    drawing: list[Progress] = field(default_factory=list)  # whose work samples
+    beat: Beat | None = None
+    members: tuple[Progress, ...] = ()  # who is in the beat, in order
+    others: list[Work] = field(default_factory=list)
+    drawing: list[Progress] = field(default_factory=list)  # who samples in these
     first: list[Progress] = field(default_factory=list)  # of these, who draw for the first time
     admitted: list[Admitted] = field(default_factory=list)
     fresh: list[BlockKey] = field(default_factory=list)  # named in this step: true only if it succeeds
     tokens: int = 0
     preempted: bool = False
+    steps: int = 1  # how often the beat may be repeated
+    left: list[Progress] = field(default_factory=list)  # in flight: whatever they draw is nobody's
 
-    def leave(self, progress: Progress) -> None:
-        """A request ended while the step ran: whatever it draws is nobody's."""
-        for some in (self.drawing, self.first):
-            if progress in some:
-                some.remove(progress)
+    @property
+    def empty(self) -> bool:
+        return not self.others and self.beat is None
+
+    def served(self, progress: Progress) -> bool:
+        """Whether a running request has had its turn. After the beat all who decode have, but those it left out."""
+        if progress.served_step == self.number:
+            return True
+        return self.beat is not None and progress.pace is not None and progress.id not in self.beat.paused
+
+    def draws(self, progress: Progress) -> bool:
+        return progress in self.members or progress in self.drawing
 
 
 class Planner:
@@ -58,7 +66,7 @@ class Planner:
         self._block_tokens = memory.block_tokens
         self._first_is_stuck = False  # the first in the ordering found no block: next time it goes before all others
 
-    def fill(self, step: Step) -> None:
+    def fill(self, step: Step, most_steps: int) -> None:
         """Let the batch policy name its wishes, and grant what is possible. Whatever it wishes, the first in the
         ordering is not stuck twice in a row, and somebody is served."""
         if self._first_is_stuck:
@@ -73,9 +81,10 @@ class Planner:
                 share = wishes.send(granted)
             except StopIteration:
                 share = None
-        if not step.work:
+        if step.empty:
             self._serve_first(step)
-        assert step.work, "nobody was served although somebody is here"
+        step.steps = self._repetitions(step, most_steps)
+        assert not step.empty, "nobody was served although somebody is here"
 
     def _serve_first(self, step: Step) -> None:
         self._first_is_stuck = False
@@ -83,14 +92,16 @@ class Planner:
         self._serve(first, max(1, step.token_budget - len(step.decoding)), False, step)
 
     def _grant(self, share: Share, step: Step) -> int:
-        if share.requests is step.decoding and share.tokens >= len(step.decoding):
-            return self._decode(step)
+        if share.requests is step.decoding and share.tokens >= len(step.decoding) and step.beat is None:
+            return self._beat(step)
+        if not share.requests:
+            return 0
         left = share.tokens
         for view in share.requests:
             if left <= 0:
                 break
             progress = self._lines.live[view.request.id]
-            if progress.served_step == step.number:
+            if step.served(progress):
                 continue
             was_waiting = progress.state is State.WAITING
             granted = self._serve(progress, left, share.whole, step)
@@ -107,12 +118,14 @@ class Planner:
             start = (start // self._block_tokens + len(hits)) * self._block_tokens
         tokens = progress.known_tokens - start
         if tokens > most:
-            if whole and step.work:
+            if whole and not step.empty:
                 return 0
             tokens = tokens if whole else most
         own = 0 if start % self._block_tokens else 1
         if not (self._may_start(progress, hits, own, step) if waiting else self._make_room(progress, hits, own, step)):
             return 0
+        if progress.state is State.DECODING:
+            self._lines.decoding.remove(progress)  # goes alone, for this step
         replaced = memory.adopt(progress, hits)
         if waiting:
             self._admit(progress, step)
@@ -177,45 +190,78 @@ class Planner:
         progress.computed_tokens = start + tokens
         if sample:
             step.drawing.append(progress)
-            if not progress.output_ids:
+            if not progress.output_tokens:
                 step.first.append(progress)
             if progress.state is State.PREFILLING:
                 self._lines.move(progress, State.DECODING)
+            else:
+                self._lines.decoding.add(progress)
         progress.served_step = step.number
         self._memory.name(progress, step.fresh)
-        step.work.append(Work(progress.id, start, tokens, sample, new_blocks, replaced))
+        step.others.append(Work(progress.id, start, tokens, sample, new_blocks, replaced))
         step.tokens += tokens
 
-    def _decode(self, step: Step) -> int:
-        """`_serve` for all that are one token behind, without what cannot happen to them and column by column: in most
-        steps they are nearly all there is to do. Every `block_tokens`-th step of a request begins a block."""
-        number, size, memory = step.number, self._block_tokens, self._memory
-        ready: Sequence[Progress] = step.decoding
-        some_wait = bool(step.work)  # served already, or stuck for want of a block
-        starts = [progress.computed_tokens for progress in ready]
-        blocks: list[tuple[Block, ...]] = [()] * len(ready)
-        for at in [at for at, start in enumerate(starts) if not start % size]:
-            progress = ready[at]
-            if progress.served_step == number:
+    def _beat(self, step: Step) -> int:
+        """`_serve` for all that are one token behind, by touching only those who begin a block."""
+        decoding, memory = self._lines.decoding, self._memory
+        begin = [progress for progress in decoding.beginners() if progress.served_step != step.number]
+        apart = list(step.drawing)
+        if len(begin) <= memory.pool.free:
+            begun = memory.begin(begin)
+        else:
+            begun = self._begin_each(begin, apart, step)
+        if len(apart) == len(decoding):
+            return 0
+        step.members = tuple(one for one in decoding.members if one not in apart) if apart else tuple(decoding.members)
+        rows, context_tokens = decoding.beat(apart)
+        ids = tuple(progress.id for progress in apart)
+        step.beat = Beat(decoding.pace.number - 1, rows, context_tokens, begun, ids)
+        step.tokens += len(rows)
+        return len(rows)
+
+    def _begin_each(
+        self, begin: list[Progress], apart: list[Progress], step: Step
+    ) -> dict[RequestId, tuple[Block, ...]]:
+        """Not all of them find a block without somebody yielding, maybe one of themselves. Who finds none is added to
+        those `apart`."""
+        begun: dict[RequestId, tuple[Block, ...]] = {}
+        for progress in begin:
+            if progress.served_step == step.number:
                 continue
-            if memory.pool.free or self._make_room(progress, (), 1, step):
-                blocks[at] = memory.grow(progress, starts[at] + 1)
+            if self._make_room(progress, (), 1, step):
+                begun |= self._memory.begin([progress])
             else:
-                some_wait = True
-        if some_wait or step.preempted:
-            rows = zip(ready, starts, blocks, strict=True)
-            chosen = [one.served_step != number and (start % size or block) for one, start, block in rows]
-            ready, starts = list(compress(ready, chosen)), list(compress(starts, chosen))
-            blocks = list(compress(blocks, chosen))
-        ids = [progress.id for progress in ready]
-        columns = zip(ids, starts, repeat(1), repeat(True), blocks, repeat(()), repeat(None), repeat(0))
-        step.work += map(new_row, repeat(Work), columns)
-        for progress in ready:
-            progress.computed_tokens += 1
-            progress.served_step = number
-        step.drawing += ready
-        step.tokens += len(ready)
-        return len(ready)
+                apart.append(progress)
+        return begun
+
+    def _repetitions(self, step: Step, most: int) -> int:
+        """How often the same step may follow itself: as long as the policies would say the same, memory lasts without
+        anybody yielding, and nobody reaches its length."""
+        policies, lines = self._policies, self._lines
+        unsettled = step.others or step.preempted or step.beat is None or step.beat.paused or lines.prefilling.members
+        if most == 1 or unsettled or self._first_is_stuck or policies.ordering not in SETTLED:
+            return 1
+        if not {policies.batch, policies.admission} <= REPEATABLE:
+            return 1
+        more = min(most - 1, lines.decoding.until_end() or 0)
+        return 1 + lines.decoding.affordable(self._memory.pool.free, more)
+
+    def repeat(self, run: Run) -> float:
+        """The beat was repeated like this; its first repetition is planned already. Returns the integral of the used
+        blocks over the seconds it took."""
+        pool = self._memory.pool
+        seconds, used_block_s = run.first_s, pool.used * run.first_s
+        for _ in range(1, run.steps):
+            self.again()
+            seconds += run.slope_s
+            used_block_s += pool.used * seconds
+        return used_block_s
+
+    def again(self) -> None:
+        """Plan the same beat once more. There are enough blocks; executors that repeat need not know which."""
+        decoding = self._lines.decoding
+        self._memory.begin(decoding.beginners())
+        decoding.again()
 
     def _make_room(self, progress: Progress, hits: Sequence[Block], own: int, step: Step) -> bool:
         """See that `hits` can be adopted and `own` blocks taken, if need be by preempting requests behind this one that
@@ -223,7 +269,7 @@ class Planner:
         memory = self._memory
         while memory.pool.free < own + memory.cost(hits):
             running = self._lines.running()
-            behind = [other for other in running if other.order > progress.order and other.served_step != step.number]
+            behind = [other for other in running if other.order > progress.order and not step.served(other)]
             if not behind:
                 self._first_is_stuck |= progress is running[0]
                 return False
@@ -237,7 +283,7 @@ class Planner:
     def preempt(self, progress: Progress, now: float, reason: str) -> None:
         """Back to waiting, to its old place in the ordering; its blocks stay cached as long as nobody needs them."""
         self._observe(events.Preempted(now, progress.id, progress.computed_tokens, reason))
-        self._memory.release(progress, [])
         self._lines.move(progress, State.WAITING)
+        self._memory.release(progress, [])
         progress.preemptions += 1
         progress.queued_s = now

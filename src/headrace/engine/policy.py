@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from headrace.core.config import EngineSettings
 from headrace.core.types import HeadraceError, Request
@@ -58,8 +58,7 @@ class RequestView(Protocol):
     def preemptions(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class PoolView:
+class PoolView(NamedTuple):
     """The KV memory at the moment one request asks for admission."""
 
     total_blocks: int
@@ -73,8 +72,7 @@ class PoolView:
         return -(-tokens // self.block_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class BatchView:
+class BatchView(NamedTuple):
     """Everybody who could be in this step, each group in the order of the ordering."""
 
     now: float
@@ -84,8 +82,7 @@ class BatchView:
     waiting: Sequence[RequestView]  # not admitted, or preempted
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """A wish: compute these requests, in this order, with at most `tokens` altogether. Who waits asks for admission;
     the first who is refused ends the share, so that nobody overtakes. `whole` requests start only if all their missing
     tokens fit, or if the step is empty."""
@@ -158,6 +155,11 @@ SETTLED: frozenset[Ordering] = frozenset({fcfs, priority})  # keys that never ch
 ADMISSIONS: Mapping[str, Admission] = {"free-blocks": free_blocks, "reserve-all": reserve_all}
 BATCHES: Mapping[str, BatchFormer] = {"chunked": chunked, "prefill-first": prefill_first}
 PREEMPTIONS: Mapping[str, Preemption] = {"last-arrived": last_arrived}
+
+
+# Who decide the same again while the same requests decode, nobody arrives and free blocks only become fewer: the
+# simulator may then take many steps at once. Leave a policy out that looks at the clock or at how far others are.
+REPEATABLE: frozenset[object] = frozenset({free_blocks, reserve_all, chunked, prefill_first})
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,18 @@ class Pool:
         self._references[block] = 1
         return block
 
+    def take(self, count: int) -> list[Block]:
+        """What so many calls of `allocate` would return."""
+        free = self._free
+        if count > len(free):
+            return [self.allocate() for _ in range(count)]
+        taken = free[len(free) - count :]
+        del free[len(free) - count :]
+        taken.reverse()
+        for block in taken:
+            self._references[block] = 1
+        return taken
+
     def share(self, block: Block) -> None:
         """One more holder of a block that is held or cached."""
         if not self._references[block]:
@@ -62,13 +74,14 @@ class Pool:
     def release(self, blocks: Iterable[Block]) -> None:
         """One holder less of each. Give a request's blocks last first: what is released first is evicted first, and a
         block is useless without those before it."""
+        references, named, free = self._references, self._index.holds, self._free.append
         for block in blocks:
-            self._references[block] -= 1
-            if not self._references[block]:
-                if self._index.holds(block):
+            left = references[block] = references[block] - 1
+            if not left:
+                if named(block):
                     self._cached[block] = None
                 else:
-                    self._free.append(block)
+                    free(block)
 
     def forget(self, block: Block) -> None:
         """The content of a block is not what its key says: nobody may find it any more."""

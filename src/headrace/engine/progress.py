@@ -30,6 +30,16 @@ LEGAL: Mapping[State, frozenset[State]] = {
 }
 
 
+class Pace:
+    """What all who decode have in common; see `engine.beats`."""
+
+    __slots__ = ("number", "token")
+
+    def __init__(self) -> None:
+        self.number = 0  # the beats so far
+        self.token: int | None = None  # what everybody draws of whom nothing else is said
+
+
 class Progress:
     """One request's share of the scheduler's state. Token counts include prompt and output."""
 
@@ -38,7 +48,6 @@ class Progress:
         "blocks",
         "cached_blocks",
         "cached_tokens",
-        "computed_tokens",
         "first_admitted_s",
         "first_token_s",
         "id",
@@ -48,8 +57,11 @@ class Progress:
         "logprobs_sent",
         "longest_blocks",
         "named_blocks",
+        "offset",
         "order",
         "output_ids",
+        "output_tokens",
+        "pace",
         "preemptions",
         "prompt_tokens",
         "queued_s",
@@ -71,9 +83,11 @@ class Progress:
         self.prompt_tokens = request.prompt_tokens
         self.limit_tokens = min(self.prompt_tokens + request.max_new_tokens, max_context_tokens)
         self.last_tokens = self.limit_tokens - 1  # computed tokens of its last step: the last one drawn is not computed
-        self.computed_tokens = 0  # counts a token from the moment its computation is planned
+        self.offset = 0  # computed tokens, without the beats of its pace
+        self.pace: Pace | None = None  # while it decodes
         self.longest_blocks = 0  # what it would hold in its last step
-        self.output_ids: list[int] = []
+        self.output_ids: list[int] = []  # while it decodes: those that were told one by one
+        self.output_tokens = 0  # while it does not decode: how many were drawn
         self.blocks: list[Block] = []
         self.keys: list[BlockKey] = list(request.block_keys)  # grows by what is generated
         self.named_blocks = 0  # leading blocks that need no more naming in the prefix index
@@ -88,11 +102,34 @@ class Progress:
         self.preemptions = 0
 
     @property
+    def computed_tokens(self) -> int:
+        """Counts a token from the moment its computation is planned."""
+        return self.offset if self.pace is None else self.offset + self.pace.number
+
+    @computed_tokens.setter
+    def computed_tokens(self, tokens: int) -> None:
+        assert self.pace is None, "who decodes goes on with the others"
+        self.offset = tokens
+
+    @property
     def known_tokens(self) -> int:
         """Prompt and output, counting a token from the moment its drawing is planned."""
         if self.state is State.DECODING:
             return self.computed_tokens + 1
-        return self.prompt_tokens + len(self.output_ids)
+        return self.prompt_tokens + self.output_tokens
+
+    def join(self, pace: Pace) -> int:
+        """Decode with others from here on. Returns the offset."""
+        self.offset, self.pace = self.computed_tokens - pace.number, pace
+        return self.offset
+
+    def leave(self) -> None:
+        """Decode no more, or alone; all it was to draw has been drawn."""
+        assert self.pace is not None, "who does not decode cannot leave"
+        token, self.offset, self.pace = self.pace.token, self.computed_tokens, None
+        self.output_tokens = self.offset + 1 - self.prompt_tokens
+        if token is not None:
+            self.output_ids += [token] * (self.output_tokens - len(self.output_ids))
 
     @property
     def held_blocks(self) -> int:
@@ -103,7 +140,7 @@ class Progress:
         return self.state is State.PREFILLING or self.state is State.DECODING
 
     def usage(self) -> Usage:
-        return Usage(self.prompt_tokens, len(self.output_ids), self.cached_tokens, self.preemptions)
+        return Usage(self.prompt_tokens, self.output_tokens, self.cached_tokens, self.preemptions)
 
     def token_ids(self, start: int, end: int) -> Sequence[int] | None:
         """Tokens [start, end) of prompt and output, or None where their values are not known."""

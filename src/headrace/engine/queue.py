@@ -9,12 +9,10 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
-from operator import attrgetter
 
 from headrace.core.types import Overloaded, Request, RequestId
+from headrace.engine.beats import Beats, by_order
 from headrace.engine.progress import LEGAL, Progress, State
-
-by_order = attrgetter("order")
 
 _MEASURED = 64  # admissions that the drain rate looks back on
 _SHORTEST_S, _LONGEST_S = 1.0, 600.0  # what a client may be told to wait
@@ -39,6 +37,10 @@ class Line:
         assert self.members[at] is progress, "a request is not where its order says"
         del self.members[at]
 
+    def sort(self) -> None:
+        """The orders of the members have changed."""
+        self.members.sort(key=by_order)
+
     def check(self) -> None:
         orders = list(map(by_order, self.members))
         assert orders == sorted(set(orders)), "a line is out of order"
@@ -47,10 +49,11 @@ class Line:
 class Lines:
     """Every live request, in the line of its state. The only place where a state changes, with the sums over states."""
 
-    def __init__(self) -> None:
+    def __init__(self, block_tokens: int) -> None:
         self.live: dict[RequestId, Progress] = {}
-        self.waiting, self.prefilling, self.decoding = Line(), Line(), Line()
-        self._of = {State.WAITING: self.waiting, State.PREFILLING: self.prefilling, State.DECODING: self.decoding}
+        self.waiting, self.prefilling, self.decoding = Line(), Line(), Beats(block_tokens)
+        self._of: dict[State, Line | Beats] = {State.WAITING: self.waiting, State.PREFILLING: self.prefilling}
+        self._of[State.DECODING] = self.decoding
         self.waiting_tokens = 0  # prompt tokens of those who wait
         self.reserved_blocks = 0  # what the running would hold at their longest
         self.released: list[RequestId] = []  # left the running since the executor last heard of it
@@ -86,7 +89,7 @@ class Lines:
         for progress in self.live.values():
             progress.order = (key(progress), progress.arrival_number)
         for line in self._of.values():
-            line.members.sort(key=by_order)
+            line.sort()
 
     def check(self) -> None:
         for state, line in self._of.items():

@@ -8,13 +8,14 @@ in the ordering if need be: the first in the ordering can always go on, so every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import repeat
 
 from headrace.core import events
 from headrace.core.config import EngineSettings
 from headrace.core.ports import Capacity, Observer
-from headrace.core.step import StepPlan, StepResult, Work
+from headrace.core.step import Run, StepPlan, StepResult, Work
 from headrace.core.types import (
     FinishReason,
     HeadraceError,
@@ -25,13 +26,17 @@ from headrace.core.types import (
     RequestId,
     TokenLogprob,
 )
+from headrace.engine.beats import by_order
 from headrace.engine.memory import Memory
-from headrace.engine.planner import Planner, Step, new_row
+from headrace.engine.planner import Planner, Step
 from headrace.engine.policy import SETTLED, Policies, choose
 from headrace.engine.progress import Progress, State, check_servable
 from headrace.engine.queue import Bounds, Deadlines, Lines
 
 _Drawn = tuple[list[tuple[int, ...]], list[int], list[tuple[TokenLogprob, ...]]]  # as drawn, the token, logprobs
+
+
+_new_row = tuple.__new__  # map(_new_row, repeat(Output), zip(columns)) makes rows much faster than calling Output
 
 
 class BadResult(HeadraceError):
@@ -57,7 +62,7 @@ class Scheduler:
         self._observe = observer.observe
         self._policies = policies or choose(settings)
         self._memory = Memory(capacity.blocks, capacity.block_tokens, settings.prefix_cache)
-        self._lines = Lines()
+        self._lines = Lines(capacity.block_tokens)
         self._deadlines = Deadlines()
         self._bounds = Bounds(settings.max_queue_requests, settings.max_queue_tokens)
         shared = (self._lines, self._memory, self._bounds, observer)
@@ -141,7 +146,7 @@ class Scheduler:
             self._lines.reorder(lambda progress: self._policies.ordering(progress, now))
         step = Step(self.steps, now, self.token_budget, tuple(self._lines.decoding.members))
         if self._lines.live:
-            self._planner.fill(step)
+            self._planner.fill(step, self.capacity.steps)
         return self._seal(step)
 
     def commit(self, result: StepResult, now: float) -> list[Output]:
@@ -150,14 +155,33 @@ class Scheduler:
         step = self._flight
         if step is None or step.number != result.step:
             raise BadResult(f"the executor answered step {result.step}, which is not in flight")
-        ids = [progress.id for progress in step.drawing]
-        drawn = _drawn(ids, result)
+        run = result.run or Run(1, now - step.now)
+        if not 1 <= run.steps <= step.steps:
+            raise BadResult(f"the executor repeated the step {run.steps} times where {step.steps} were asked for")
+        members, drawing = _without(step.members, step.left), _without(step.drawing, step.left)
+        one_by_one = result.others_drew is None
+        drawn = _drawn([progress.id for progress in (*members, *drawing)], result) if one_by_one else None
+        self._went_by(step, run, now, len(members))
         self._flight = None
-        self._observe(events.StepDone(now, step.number, now - step.now, step.tokens))
+        self._lines.decoding.pace.token = result.others_drew
         outputs = self._prompt_logprobs(step, result) if result.prompt_logprobs else []
-        if ids:
-            outputs += self._draw(step, ids, drawn, now)
-        return outputs
+        if drawing:
+            self._drew(step, drawing, now)
+        if drawn is None:
+            return outputs + self._end(self._stopped(step, result), now)
+        return outputs + self._append([*members, *drawing], drawn, now)
+
+    def advance(self, run: Run) -> None:
+        """The step in flight has been repeated like this, and the next repetition is in progress: what happens now
+        happens in that one."""
+        step = self._flight
+        if step is None or run.steps >= step.steps:
+            raise BadResult("the executor repeated a step that is not in flight, or too often")
+        now = step.now + run.total_s
+        self._went_by(step, run, now, len(step.members))
+        self._planner.again()
+        step.now = now
+        step.steps -= run.steps
 
     def fail(self, now: float, error: str) -> list[Output]:
         """The step in flight failed: its requests end with this error, and what it should have computed is forgotten.
@@ -165,8 +189,8 @@ class Scheduler:
         step = self._flight
         if step is None:
             return []
-        served = self._served(step)
-        outputs = [self._finish(progress, FinishReason.ERROR, now, error) for progress, _ in served]
+        served = [*_without(step.members, step.left), *(progress for progress, _ in self._served(step))]
+        outputs = [self._finish(progress, FinishReason.ERROR, now, error) for progress in served]
         self._memory.forget(step.fresh)
         self._flight = None
         for progress in self._lines.running():
@@ -180,26 +204,34 @@ class Scheduler:
         self._memory.check(lines.live.values())
         for progress in lines.live.values():
             assert progress.computed_tokens < progress.known_tokens <= progress.limit_tokens
-            assert self._flight or progress.known_tokens == progress.prompt_tokens + len(progress.output_ids)
+            assert self._flight or len(progress.output_ids) <= progress.known_tokens - progress.prompt_tokens
             assert not (progress.state is State.WAITING and progress.blocks), "a waiting request holds blocks"
 
     def _seal(self, step: Step) -> StepPlan | None:
         released, self._lines.released = tuple(self._lines.released), []
-        if not step.work and not released:
+        if step.empty and not released:
             return None
         self.steps += 1
         self._flight = step
-        total = self.capacity.blocks
-        numbers = (len(step.work), step.tokens, self.running, self.waiting, self.used_blocks, total)
+        rows, total = len(step.members) + len(step.others), self.capacity.blocks
+        numbers = (rows, step.tokens, self.running, self.waiting, self.used_blocks, total)
         self._observe(events.Planned(step.now, step.number, *numbers))
-        return StepPlan(step.number, tuple(step.work), tuple(step.admitted), released)
+        return StepPlan(
+            step.number,
+            tuple(step.others),
+            tuple(step.admitted),
+            released,
+            beat=step.beat,
+            steps=step.steps,
+            until_s=math.inf if (due := self.next_deadline()) is None else due,
+        )
 
     # -- what became of it ---------------------------------------------------------------------------------------------
 
     def _served(self, step: Step) -> list[tuple[Progress, Work]]:
-        """Those of a step who are still here. An id may have come back as another request meanwhile."""
+        """Those beside the beat who are still here. An id may have come back as another request meanwhile."""
         live = self._lines.live
-        pairs = [(live[work.request_id], work) for work in step.work if work.request_id in live]
+        pairs = [(live[work.request_id], work) for work in step.others if work.request_id in live]
         return [pair for pair in pairs if pair[0].served_step == step.number]
 
     def _prompt_logprobs(self, step: Step, result: StepResult) -> list[Output]:
@@ -213,38 +245,66 @@ class Scheduler:
                 outputs.append(Output(progress.id, prompt_logprobs=tuple(logprobs)))
         return outputs
 
-    def _draw(self, step: Step, ids: list[RequestId], drawn: _Drawn, now: float) -> list[Output]:
+    def _went_by(self, step: Step, run: Run, now: float, drew: int) -> None:
+        used_block_s = self._planner.repeat(run)
+        self._observe(events.StepDone(now, step.number, run.total_s, step.tokens, run, self.used_blocks, used_block_s))
+        if step.beat is not None:
+            self._observe(events.Decoded(now, step.beat.rows, step.beat.paused, drew, run))
+
+    def _drew(self, step: Step, drawing: Sequence[Progress], now: float) -> None:
+        first = _without(step.first, step.left)
+        for progress in first:
+            progress.first_token_s = now
+        ids = tuple(progress.id for progress in drawing)
+        self._observe(events.Drew(now, ids, (1,) * len(ids), tuple(progress.id for progress in first)))
+
+    def _append(self, drawing: Sequence[Progress], drawn: _Drawn, now: float) -> list[Output]:
         """Append the drawn tokens to their requests, and end those that are through."""
         token_ids, tokens, logprobs = drawn
+        ids = [progress.id for progress in drawing]
         columns = zip(ids, token_ids, logprobs, repeat(()), repeat(None), repeat(None), repeat(None))
-        outputs: list[Output] = list(map(new_row, repeat(Output), columns))
-        ended: list[Progress] = []
-        for progress, token in zip(step.drawing, tokens, strict=True):
+        outputs: list[Output] = list(map(_new_row, repeat(Output), columns))
+        stopped: list[Progress] = []
+        for progress, token in zip(drawing, tokens, strict=True):
             progress.output_ids.append(token)
-            if token in progress.stop_token_ids or progress.computed_tokens == progress.last_tokens:
-                ended.append(progress)
-        for progress in step.first:
-            progress.first_token_s = now
-        first = tuple(progress.id for progress in step.first)
-        self._observe(events.Drew(now, tuple(ids), (1,) * len(ids), first))
-        for progress in ended:
-            stopped = progress.output_ids[-1] in progress.stop_token_ids
-            end = self._finish(progress, FinishReason.STOP if stopped else FinishReason.LENGTH, now)
-            at = ids.index(progress.id)
+            if token in progress.stop_token_ids:
+                stopped.append(progress)
+        for end in self._end(stopped, now):
+            at = ids.index(end.request_id)
             outputs[at] = outputs[at]._replace(finish=end.finish, usage=end.usage)
         return outputs
+
+    def _stopped(self, step: Step, result: StepResult) -> list[Progress]:
+        """Who drew a stop token, if all others drew the same: then there is an output for those who end only."""
+        stopped = []
+        for request_id, sampled in result.sampled.items():
+            progress = self._lines.live.get(request_id)
+            if progress is not None and step.served(progress) and sampled.token_ids[-1] in progress.stop_token_ids:
+                stopped.append(progress)
+        return stopped
+
+    def _end(self, stopped: list[Progress], now: float) -> list[Output]:
+        """End those who stopped and those who reached their length, in order."""
+        reasons = dict.fromkeys(self._lines.decoding.ended(), FinishReason.LENGTH)
+        reasons |= dict.fromkeys(stopped, FinishReason.STOP)
+        return [self._finish(progress, reasons[progress], now) for progress in sorted(reasons, key=by_order)]
 
     def _finish(self, progress: Progress, reason: FinishReason, now: float, error: str | None = None) -> Output:
         """The one end of a request: its blocks go back, and the executor is told to forget it if it knew it."""
         flight = self._flight
-        self._memory.release(progress, flight.fresh if flight else [])
         self._lines.move(progress, State.FINISHED)
+        self._memory.release(progress, flight.fresh if flight else [])
         if flight:
-            flight.leave(progress)
+            flight.left.append(progress)
+            progress.output_tokens -= flight.draws(progress)
         request, usage = progress.request, progress.usage()
         times = (request.arrival_s, progress.first_admitted_s, progress.first_token_s)
         self._observe(events.Finished(now, progress.id, reason, usage, *times, request.max_new_tokens))
         return Output(progress.id, finish=reason, usage=usage, error=error)
+
+
+def _without(some: Sequence[Progress], left: Sequence[Progress]) -> Sequence[Progress]:
+    return [progress for progress in some if progress not in left] if left else some
 
 
 def _drawn(ids: Sequence[RequestId], result: StepResult) -> _Drawn:

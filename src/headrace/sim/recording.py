@@ -17,7 +17,7 @@ from headrace.core.clock import now
 from headrace.core.config import EngineSettings
 from headrace.core.events import Arrived, Event, Finished, Planned, StepDone
 from headrace.core.ports import Capacity, Executor, Observer
-from headrace.core.step import StepPlan, StepResult
+from headrace.core.step import Run, StepPlan, StepResult
 from headrace.core.types import Blank, FinishReason, HeadraceError, Request, RequestId, Sampling, Segment, Tokens
 
 FORMAT = 1
@@ -158,7 +158,8 @@ class Recorder:
         self._write = write
         self._contents = contents
         self._planned_s = 0.0
-        self._drawn: dict[RequestId, tuple[int, ...]] = {}
+        self._drawn: dict[RequestId, tuple[int, ...]] = {}  # by the last step
+        self._stops: dict[RequestId, frozenset[int]] = {}  # of the live requests
         self._put(Head(FORMAT, settings, executor.capacity, token_budget))
 
     @property
@@ -176,6 +177,9 @@ class Recorder:
         self._drawn = {request_id: sampled.token_ids for request_id, sampled in result.sampled.items()}
         return result
 
+    def interrupt(self) -> Run | None:
+        return self._executor.interrupt()
+
     async def close(self) -> None:
         await self._executor.close()
 
@@ -186,10 +190,20 @@ class Recorder:
             case StepDone():
                 self._put(Done(event.at_s, event.step, self._drawn))
             case Arrived() if event.request is not None:
+                self._stops[event.request_id] = event.request.stop_token_ids
                 self._put(arrive(event.at_s, event.request))
-            case Finished() if event.reason is FinishReason.ABORT:
-                self._put(Abort(event.at_s, event.request_id))
+            case Finished():
+                if self._from_outside(event):
+                    self._put(Abort(event.at_s, event.request_id))
         self._observer.observe(event)
+
+    def _from_outside(self, event: Finished) -> bool:
+        """Whether somebody said so: the client, or the gateway that saw a stop string. Other ends follow from what was
+        drawn and from the time, and will follow again."""
+        stops = self._stops.pop(event.request_id, frozenset())
+        if event.reason is FinishReason.STOP:
+            return not stops.intersection(self._drawn.get(event.request_id, ())[-1:])
+        return event.reason is FinishReason.ABORT
 
     def _put(self, entry: Entry) -> None:
         self._write(msgspec.json.encode(entry) + b"\n")

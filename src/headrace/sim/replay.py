@@ -130,6 +130,9 @@ class _Player:
             raise RuntimeError(end.error)
         return StepResult(plan.step, {request_id: Sampled(drawn) for request_id, drawn in end.drawn.items()})
 
+    def interrupt(self) -> None:
+        """Its plans stand for one step each."""
+
     async def close(self) -> None:
         return
 

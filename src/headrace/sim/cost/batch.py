@@ -7,12 +7,12 @@ that price them live beside this file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from headrace.core.shape import ModelShape
-from headrace.core.step import StepPlan
+from headrace.core.step import StepPlan, Work
 from headrace.core.types import HeadraceError
 
 
@@ -116,13 +116,29 @@ def _windowed(rows: list[Row], window: int) -> Spans:
 
 
 def batch_of_plan(plan: StepPlan, windows: tuple[int, ...] = (), layers: int = 0) -> Batch:
-    """Fold a plan. Work restricted to a range of layers counts by its share of the model's `layers`."""
-    sampled = sum(work.sample for work in plan.work)
-    if all(work.layers is None for work in plan.work):
-        return batch_of([(work.start, work.tokens) for work in plan.work], sampled, windows)
-    whole = [(work.start, work.tokens) for work in plan.work if work.layers is None]
+    """Fold a plan. Work restricted to a range of layers counts by its share of the model's `layers`. The beat is a sum
+    already, unless there are windows to look through."""
+    if plan.beat is None or windows:
+        return _of_work(plan.work, windows, layers)
+    others, rows = _of_work(plan.others, (), layers) if plan.others else Batch(), len(plan.beat.rows)
+    full, context = others.full, plan.beat.context_tokens + rows
+    return Batch(
+        rows=others.rows + rows,
+        tokens=others.tokens + rows,
+        sampled=others.sampled + rows,
+        decodes=others.decodes + rows,
+        prefill_reach=others.prefill_reach,
+        full=Spans(full.pairs, full.prefill_context, full.decode_context + context, full.growing + rows),
+    )
+
+
+def _of_work(works: Sequence[Work], windows: tuple[int, ...], layers: int) -> Batch:
+    sampled = sum(work.sample for work in works)
+    if all(work.layers is None for work in works):
+        return batch_of([(work.start, work.tokens) for work in works], sampled, windows)
+    whole = [(work.start, work.tokens) for work in works if work.layers is None]
     batch = batch_of(whole, sampled, windows)
-    for work in plan.work:
+    for work in works:
         if work.layers is not None:
             first, last = work.layers
             part = batch_of([(work.start, work.tokens)], 0, windows)

@@ -1,0 +1,183 @@
+"""Performs step plans by letting virtual time pass: the whole `Executor` port with a cost model behind it. A request
+draws ANSWER_TOKEN until its answer is as long as it is to be, which only the executor knows, and STOP_TOKEN then.
+
+Owns what it must remember of each request: how much of its answer is left, as a number of tokens while others wait for
+it, as the number of a beat while it decodes. So a step costs what begins and ends in it, not what runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from heapq import heappop, heappush
+from itertools import count
+
+from headrace.core import clock
+from headrace.core.ports import Capacity
+from headrace.core.step import Run, Sampled, StepPlan, StepResult
+from headrace.core.types import RequestId
+from headrace.sim.cost.batch import CostModel, batch_of_plan
+from headrace.workload.arrival import ANSWER_TOKEN, STOP_TOKEN
+
+MOST_STEPS = 1 << 20  # of one plan
+_STOP = Sampled((STOP_TOKEN,))
+
+
+class _Answer:
+    """What is left of one answer. `last_beat` is that of its last token, if nothing comes in between."""
+
+    __slots__ = ("last_beat", "left", "request_id")
+
+    def __init__(self, request_id: RequestId, left: int) -> None:
+        self.request_id = request_id
+        self.left = left  # tokens; meaningful while it does not decode
+        self.last_beat: int | None = None  # set while it decodes
+
+
+class SimulatedExecutor:
+    """`lengths` holds the output tokens of every request that is admitted. `windows` are the attention windows of the
+    model and `layers` its layers, for work that is restricted to some. Raises RuntimeError on a clock that is real."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        cost: CostModel,
+        lengths: Mapping[RequestId, int],
+        *,
+        windows: tuple[int, ...] = (),
+        layers: int = 0,
+    ) -> None:
+        self._capacity = capacity
+        self._cost = cost
+        self._lengths = lengths
+        self._windows = windows
+        self._layers = layers
+        self._answers: dict[RequestId, _Answer] = {}
+        self._ends: list[tuple[int, int, _Answer]] = []  # a heap by last beat; entries may be out of date
+        self._counter = count()
+        self._beats = self._first_beat = 0  # so far, and before the plan under way
+        self._begun_s = 0.0
+        self._run = Run(1, 0.0)  # what is left of the repetitions under way
+        self._over: asyncio.Future[None] | None = None  # while repetitions are under way
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._capacity
+
+    async def run(self, plan: StepPlan) -> StepResult:
+        if not clock.is_virtual():
+            raise RuntimeError("a simulated executor makes no tokens: run it under virtual time")
+        self._update(plan)
+        self._begun_s = clock.now()
+        self._run = self._price(plan)
+        if self._run.steps > 1:
+            await self._repeat()
+        else:
+            await clock.sleep_until(self._begun_s + self._run.first_s)
+        if plan.beat is not None:
+            self._beats = self._first_beat + self._run.steps
+        return StepResult(plan.step, self._draw(plan), others_drew=ANSWER_TOKEN, run=self._run)
+
+    def interrupt(self) -> Run | None:
+        """See `core.ports.Executor`. What ends at this very moment is still in progress."""
+        if self._over is None or self._over.done():
+            return None
+        run, elapsed_s = self._run, clock.now() - self._begun_s
+        low, high = 0, run.steps - 1  # repetitions that are over
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if run.until(middle) < elapsed_s else (low, middle - 1)
+        over = run._replace(steps=low)
+        self._begun_s += over.total_s
+        self._first_beat += low
+        self._run = run.after(low)._replace(steps=1)
+        self._over.set_result(None)
+        if self._timer is not None:
+            self._timer.cancel()
+        return over if low else None
+
+    async def close(self) -> None:
+        self._answers.clear()
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def _price(self, plan: StepPlan) -> Run:
+        """How many repetitions there will be if nobody interrupts, and what each costs."""
+        if not plan.others and plan.beat is None:
+            return Run(1, 0.0)
+        batch = batch_of_plan(plan, self._windows, self._layers)
+        most = min(plan.steps, self._until_stop() - self._beats + 1) if plan.steps > 1 else 1
+        if most <= 1:
+            return Run(1, self._cost.estimate(batch).seconds)
+        line = self._cost.line(batch, most)
+        run = Run(min(line.steps, most), line.first_s, line.slope_s)
+        return run._replace(steps=self._steps_before(run, plan.until_s - self._begun_s))
+
+    def _until_stop(self) -> int:
+        """The beat in which the next answer ends."""
+        ends = self._ends
+        while ends and not self._holds(ends[0]):
+            heappop(ends)
+        return ends[0][0] if ends else MOST_STEPS
+
+    def _steps_before(self, run: Run, seconds: float) -> int:
+        """The first repetition that ends after so many seconds, counted from one; all if none does."""
+        low, high = 1, run.steps
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if run.until(middle) >= seconds else (middle + 1, high)
+        return low
+
+    async def _repeat(self) -> None:
+        """Sleep to the end of all repetitions, or of the one in progress when somebody interrupts."""
+        loop = asyncio.get_running_loop()
+        over = self._over = loop.create_future()
+        self._timer = loop.call_at(self._begun_s + self._run.total_s, over.set_result, None)
+        try:
+            await over
+        finally:
+            self._timer.cancel()
+            self._timer = self._over = None
+        if clock.now() < (end_s := self._begun_s + self._run.total_s):
+            await clock.sleep_until(end_s)
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def _update(self, plan: StepPlan) -> None:
+        for request_id in plan.released:
+            answer = self._answers.pop(request_id, None)
+            if answer is not None:
+                answer.last_beat = None  # and so its end is out of date
+        for admitted in plan.admitted:
+            name = admitted.request.id
+            self._answers[name] = _Answer(name, max(1, self._lengths[name] - len(admitted.output_ids)))
+        if plan.beat is not None:
+            self._beats = self._first_beat = plan.beat.number
+            for name in plan.beat.paused:
+                answer = self._answers.get(name)
+                if answer is not None and answer.last_beat is not None:
+                    self._decodes(answer, answer.last_beat + 1)
+
+    def _draw(self, plan: StepPlan) -> dict[RequestId, Sampled]:
+        """Who draws a stop token. `_beats` counts those of this plan too."""
+        stopped = {work.request_id: _STOP for work in plan.others if work.sample and self._draws_alone(work.request_id)}
+        while self._ends and self._ends[0][0] < self._beats:
+            end = heappop(self._ends)
+            if self._holds(end):
+                stopped[end[2].request_id] = _STOP
+        return stopped
+
+    def _draws_alone(self, request_id: RequestId) -> bool:
+        """One token outside the beat. Whether it is the last one."""
+        answer = self._answers[request_id]
+        left = answer.left if answer.last_beat is None else answer.last_beat - self._beats + 1
+        self._decodes(answer, self._beats + left - 2)
+        return left == 1
+
+    def _decodes(self, answer: _Answer, last_beat: int) -> None:
+        answer.last_beat = last_beat
+        heappush(self._ends, (last_beat, next(self._counter), answer))
+
+    def _holds(self, end: tuple[int, int, _Answer]) -> bool:
+        return end[2].last_beat == end[0]

@@ -1,0 +1,203 @@
+"""Runs a workload against modelled replicas in virtual time: the same `Engine`, `Scheduler` and policies as live, on
+another clock and another executor. Arrivals are read as their time comes, so memory holds the requests in flight.
+
+    arrivals --> Feed --- dispatch ---> Engine of replica i --> Stats of replica i --.
+                  ^                          |                                       v
+                  '------ Finished ----------'                                    Report
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import overload
+
+from headrace.core import clock
+from headrace.core.config import EngineSettings
+from headrace.core.events import Arrived, Event, Finished
+from headrace.core.ports import Capacity, Observer
+from headrace.core.types import SLO, HeadraceError, Request
+from headrace.engine.loop import Engine
+from headrace.engine.policy import Policies
+from headrace.engine.scheduler import Scheduler
+from headrace.sim.cost.batch import CostModel
+from headrace.sim.executor import SimulatedExecutor
+from headrace.sim.feed import Feed
+from headrace.sim.stats import Stats, Totals
+from headrace.workload.arrival import Arrival, Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a dispatcher may know of one replica: exact at any moment, however many steps a plan stands for."""
+
+    replica: int
+    requests: int  # sent to it and not finished
+    prompt_tokens: int  # of these
+
+
+Dispatch = Callable[[int, Request, Sequence[View]], int]  # (number of the request, request, views) -> replica
+
+
+def round_robin(number: int, request: Request, views: Sequence[View]) -> int:
+    """One after the other. Needs no feedback, so the replicas are independent of each other."""
+    return number % len(views)
+
+
+def least_tokens(number: int, request: Request, views: Sequence[View]) -> int:
+    """Where the fewest prompt tokens are unfinished; the first of equals."""
+    return min(views, key=lambda view: view.prompt_tokens).replica
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What is simulated: `replicas` alike, each with this memory, this price of a step and these settings."""
+
+    settings: EngineSettings
+    capacity: Capacity  # `steps` more than 1 allows many decode steps per plan, with the same results
+    cost: CostModel
+    token_budget: int
+    replicas: int = 1
+    windows: tuple[int, ...] = ()  # attention windows of the model
+    policies: Policies | None = None  # by default those of the settings
+    max_new_tokens: int = 1 << 14  # for arrivals that name no limit
+    slo: SLO | None = None  # for arrivals that name none
+
+
+@dataclass(slots=True)
+class Report:
+    """What came of it. The digest is that of the event logs of all replicas, in their order."""
+
+    seed: int
+    replicas: int
+    totals: Totals
+    digests: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        return blake2b("".join(self.digests).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(slots=True)
+class Part:
+    """What came of one replica."""
+
+    totals: Totals
+    digest: str
+
+
+class SimulationFailed(HeadraceError):
+    """The simulated executor, and so its cost model, raised."""
+
+
+class _Replica:
+    """One engine with its executor and its statistics."""
+
+    def __init__(self, number: int, site: Site, feed: Feed, more: Observer | None) -> None:
+        self.number = number
+        self.requests = self.prompt_tokens = 0
+        self.stats = Stats(site.slo)
+        self._feed = feed
+        self._more = more
+        executor = SimulatedExecutor(site.capacity, site.cost, feed.lengths, windows=site.windows)
+        scheduler = Scheduler(
+            site.settings, site.capacity, token_budget=site.token_budget, observer=self, policies=site.policies
+        )
+        self.engine = Engine(f"replica {number}", scheduler, executor)
+
+    def observe(self, event: Event) -> None:
+        self.stats.observe(event)
+        if self._more is not None:
+            self._more.observe(event)
+        if isinstance(event, Arrived):
+            self.requests += 1
+            self.prompt_tokens += event.prompt_tokens
+        elif isinstance(event, Finished):
+            self.requests -= 1
+            self.prompt_tokens -= event.usage.prompt_tokens
+            self._feed.ended(event.request_id)
+
+
+class _Views(Sequence[View]):
+    """One view per replica, made when somebody looks."""
+
+    def __init__(self, replicas: Sequence[_Replica]) -> None:
+        self._replicas = replicas
+
+    def __len__(self) -> int:
+        return len(self._replicas)
+
+    @overload
+    def __getitem__(self, at: int) -> View: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[View]: ...
+    def __getitem__(self, at: int | slice) -> View | Sequence[View]:
+        if isinstance(at, slice):
+            return _Views(self._replicas[at])
+        replica = self._replicas[at]
+        return View(replica.number, replica.requests, replica.prompt_tokens)
+
+
+def simulate(
+    arrivals: Iterable[Arrival],
+    site: Site,
+    *,
+    dispatch: Dispatch = round_robin,
+    clients: int = 1,
+    seed: int = 0,
+    observer: Observer | None = None,
+) -> Report:
+    """Run the traffic to its end. `seed` is what the traffic was made with, for the report; `clients` is for arrivals
+    without times; `observer` sees the events of all replicas. Raises what the traffic or the cost model raises."""
+    here = range(site.replicas)
+    return merged(seed, clock.run(run(arrivals, site, here, dispatch, clients, observer), virtual=True))
+
+
+def merged(seed: int, parts: Sequence[Part]) -> Report:
+    """One report of all replicas."""
+    totals = Totals()
+    for part in parts:
+        totals.merge(part.totals)
+    return Report(seed, len(parts), totals, tuple(part.digest for part in parts))
+
+
+async def run(
+    arrivals: Iterable[Arrival],
+    site: Site,
+    here: Sequence[int],
+    dispatch: Dispatch = round_robin,
+    clients: int = 1,
+    observer: Observer | None = None,
+) -> list[Part]:
+    """Under virtual time. Not all replicas need be `here` if their requests are dealt round robin."""
+    feed = Feed(
+        iter(arrivals),
+        block_tokens=site.capacity.block_tokens,
+        max_new_tokens=site.max_new_tokens,
+        clients=clients,
+        every=None if len(here) == site.replicas else (here, site.replicas),
+    )
+    replicas = {number: _Replica(number, site, feed, observer) for number in here}
+    views = _Views(list(replicas.values()))
+
+    def send(number: int, traffic: Traffic) -> Engine:
+        chosen = number % site.replicas if dispatch is round_robin else dispatch(number, traffic.request, views)
+        engine = replicas[chosen].engine
+        engine.submit(traffic.request)
+        return engine
+
+    serving = [asyncio.create_task(replica.engine.run()) for replica in replicas.values()]
+    feed.begin(send)
+    ended = asyncio.create_task(feed.done.wait())
+    await asyncio.wait({ended, *serving}, return_when=asyncio.FIRST_COMPLETED)
+    failed = [replica.engine.status().error for replica in replicas.values() if replica.engine.status().error]
+    for task in (ended, *serving):
+        task.cancel()
+    await asyncio.gather(ended, *serving, return_exceptions=True)
+    if failed:
+        raise SimulationFailed(f"a replica gave up: {failed[0]}")
+    if feed.error is not None:
+        raise feed.error
+    return [Part(replica.stats.totals, replica.stats.digest) for replica in replicas.values()]
