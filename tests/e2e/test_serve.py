@@ -124,6 +124,15 @@ def test_bad_requests_are_refused_and_leave_nothing(
     assert settled(url)["kv_cache_usage_perc"] == 0
 
 
+def test_a_deadline_ends_a_request(client: openai.OpenAI, url: str) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.completions.create(
+            model="smollm2", prompt="Once", max_tokens=1500, extra_body={"ignore_eos": True, "deadline_s": 0.4}
+        )
+    assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+    assert settled(url)["kv_cache_usage_perc"] == 0
+
+
 def test_a_client_that_goes_away_stops_its_request(client: openai.OpenAI, url: str) -> None:
     before = settled(url)["generation_tokens_total"]
     with client.completions.create(

@@ -40,6 +40,8 @@ StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], Meta(max_length=16)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Salt = Annotated[str, Meta(max_length=256)]
+Priority = Annotated[int, Meta(ge=-100, le=100, description="larger goes first under --ordering priority")]
+Deadline = Annotated[float, Meta(gt=0, le=86_400, description="seconds after which the request ends with 504")]
 Messages = 65_536  # most messages of a conversation; its size is bounded by --max-body
 Parts = 4_096  # most parts of one message
 Prompts = 4_096  # most prompts of a completion; bounded further by --max-choices
@@ -65,7 +67,6 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (),
     "suffix": ("",),
     "best_of": (1,),
-    "priority": (0,),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),

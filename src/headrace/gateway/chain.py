@@ -46,6 +46,8 @@ class Call:
     model: str = ""
     tenant: str = ""
     cache_salt: str = ""  # calls with different salts share no KV
+    priority: int = 0  # larger goes first, when the ordering asks
+    deadline_s: float | None = None  # seconds from now after which the call ends unfinished
     client_id: str = ""  # the X-Request-Id, for the log
 
 

@@ -108,18 +108,20 @@ class Generation:
         salt: bytes,
     ) -> Request:
         left = self.service.status().capacity.max_context_tokens - len(prompt)
-        sampling = call.sampling
+        sampling, now_s = call.sampling, clock.now()
         return Request(
             id=request_id,
             prompt=(Tokens(prompt),),
-            arrival_s=clock.now(),
+            arrival_s=now_s,
             max_new_tokens=left if call.max_new_tokens is None else call.max_new_tokens,
             sampling=_reseeded(sampling, choice) if choice else sampling,
             stop_token_ids=call.stop_token_ids | (frozenset() if call.ignore_eos else self.text.eos_token_ids),
             block_keys=block_keys,
             salt=salt,
+            priority=call.priority,
             tenant=call.tenant,
             model=call.model,
+            deadline_s=None if call.deadline_s is None else now_s + call.deadline_s,
         )
 
     async def _choice(self, at: int, request: Request, call: Call, tally: _Tally) -> AsyncIterator[Piece]:

@@ -74,6 +74,8 @@ class _Common(Struct, kw_only=True):
     n: bounds.Choices | None = None
     ignore_eos: bool | None = None
     cache_salt: bounds.Salt | None = None
+    priority: bounds.Priority | None = None
+    deadline_s: bounds.Deadline | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -201,6 +203,8 @@ def _call(
         model=context.model,
         tenant=context.tenant,
         cache_salt=asked.cache_salt or "",
+        priority=asked.priority or 0,
+        deadline_s=asked.deadline_s,
         client_id=context.client_id,
     )
 
