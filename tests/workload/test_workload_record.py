@@ -149,7 +149,7 @@ class Echo:
         except GeneratorExit:
             finish(self.recorder, request, 1.0, 1, FinishReason.ABORT, 1.5)
 
-    def abort(self, request_id: RequestId) -> None:
+    def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
         self.aborted.append(request_id)
 
     def status(self) -> Status:
