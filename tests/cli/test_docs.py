@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from headrace.cli import parser
+from headrace.engine.progress import LEGAL
 
 ROOT = Path(__file__).parent.parent.parent
 spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
@@ -32,6 +33,14 @@ def commands(document: Path) -> list[str]:
     joined = [re.sub(r"\\\n\s*", " ", block) for block in blocks]
     lines = [line.split("#")[0].strip() for block in joined for line in block.splitlines()]
     return [line for line in lines if re.match(r"(headrace|\.venv/bin/headrace) [a-z]", line)]
+
+
+def test_the_table_of_states_is_the_code_s() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## The life of a request")[1]
+    rows = re.findall(r"^\| (\w+) \| [^|]+ \| ([\w, ]*)\|$", text.split("##")[0], re.MULTILINE)
+    documented = {state: {name for name in re.split(r"[, ]+", targets) if name} for state, targets in rows}
+    documented.pop("state", None)
+    assert documented == {state.value: {target.value for target in targets} for state, targets in LEGAL.items()}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
