@@ -59,14 +59,23 @@ class _Sequence:
 class TorchExecutor:
     """An `Executor` for one model on one device."""
 
-    def __init__(self, model: Llama, linears: Linears, store: KVStore, capacity: Capacity) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        linears: Linears,
+        store: KVStore,
+        capacity: Capacity,
+        thread: ThreadPoolExecutor | None = None,
+    ) -> None:
+        """Steps run on `thread`, which has one worker and should be the one that loaded the model: torch keeps a team
+        of compute threads per calling thread, and two teams on the same cores slow each other's barriers by half."""
         self.model = model
         self.linears = linears
         self.store = store
         self._capacity = capacity
         self._kernel = kernel_for(model.config.shape, model.config.attention_scale, store, linears.device)
         self._sequences: dict[RequestId, _Sequence] = {}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="headrace-step")
+        self._thread = thread or one_thread()
 
     @property
     def capacity(self) -> Capacity:
@@ -188,6 +197,11 @@ class TorchExecutor:
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.linears.device)
+
+
+def one_thread() -> ThreadPoolExecutor:
+    """The thread that all of one model's tensor work belongs to."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="headrace-step")
 
 
 def _remember(admitted: Admitted) -> _Sequence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from headrace.core.shape import ModelShape
 from headrace.core.types import HeadraceError
 from headrace.device import memory as memory_room
 from headrace.device.checkpoint import Checkpoint
-from headrace.device.executor import TorchExecutor
+from headrace.device.executor import TorchExecutor, one_thread
 from headrace.device.kvstore import KVStore
 from headrace.device.linear import Linears
 from headrace.device.llama import Llama, LlamaConfig
@@ -40,6 +41,23 @@ def load(
     phase: Callable[[str], None] = lambda _: None,
 ) -> Loaded:
     """Load a model and size its KV memory; `phase` is told what begins. Raises DoesNotFit, BadModelFile."""
+    thread = one_thread()
+    try:
+        return thread.submit(_load, checkpoint, settings, block_tokens, max_running, phase, thread).result()
+    except BaseException:
+        thread.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _load(
+    checkpoint: Checkpoint,
+    settings: DeviceSettings,
+    block_tokens: int,
+    max_running: int,
+    phase: Callable[[str], None],
+    thread: ThreadPoolExecutor,
+) -> Loaded:
+    """`load`, on the thread that will compute."""
     device, dtype = _place(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -62,7 +80,7 @@ def load(
     )
     capacity = Capacity(memory.blocks, block_tokens, context, config.shape.vocab)
     store = KVStore(config.shape, memory.blocks, block_tokens, dtype, device)
-    executor = TorchExecutor(model, linears, store, capacity)
+    executor = TorchExecutor(model, linears, store, capacity, thread)
     phase("measure step times")
     return Loaded(executor, memory, dtype, device, tuple(executor.measure(_MEASURED_TOKENS)))
 
