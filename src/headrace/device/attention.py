@@ -28,7 +28,7 @@ from headrace.device.kvstore import KVStore
 
 KEY_TILE = 128  # keys met at once; a multiple of every block size
 PREFILL_TILE = 64  # query positions of one tile
-ROW_MULTIPLE = 8  # tile rows are padded to this: other counts take other paths in the matrix library
+ROW_MULTIPLES = (4, 8, 16)  # tile rows are padded to one of these: other counts take other paths in the library
 _MASKED = -1e30  # not -inf: a row may find a whole tile masked, and (-inf) - (-inf) is not a number
 
 
@@ -67,7 +67,7 @@ class _Tiles:
     take: Tensor  # [n * positions] rows of the batch; rows of no request repeat a real one
     put: tuple[Tensor, Tensor]  # (index into the flat tile rows, row of the batch) of the real rows
     positions: int  # rows of one tile
-    blocks: Tensor  # [n, most key tiles, blocks per key tile]
+    strips: tuple[Tensor, ...]  # per key tile, where its blocks lie: [kv_heads, met, blocks per key tile]
     meeting: tuple[int, ...]
     masks: tuple[Tensor | None, ...]  # per key tile [met, positions, 1, KEY_TILE]; None: everything is visible
 
@@ -81,7 +81,9 @@ class TiledAttention:
         self.shape, self.scale, self.store, self.device = shape, scale, store, device
         self.group = shape.heads // shape.kv_heads
         self.windows = shape.windows or (None,) * shape.layers
-        self.decode_tile = 1 if self._exact() else PREFILL_TILE
+        exact = [multiple for multiple in ROW_MULTIPLES if self._exact(multiple)]
+        self.row_multiple = exact[0] if exact else ROW_MULTIPLES[-1]
+        self.decode_tile = 1 if exact else PREFILL_TILE
 
     def prepare(self, rows: Sequence[Rows], total_rows: int) -> Attend:
         slots = np.concatenate([_slots(part, self.store.block_tokens) for part in rows])
@@ -125,11 +127,12 @@ class TiledAttention:
         first_key = np.array([tile.first_key_tile * KEY_TILE for tile in cut])
         real = np.arange(positions) < np.array([tile.count for tile in cut])[:, None]
         meeting = tuple(sum(tile.key_tiles > j for tile in cut) for j in range(most))
+        by_tile = self._tensor(blocks).view(len(cut), most, per_tile)
         return _Tiles(
             take=self._tensor(take.ravel()),
             put=(self._tensor(np.flatnonzero(real)), self._tensor(take[real])),
             positions=positions,
-            blocks=self._tensor(blocks).view(len(cut), most, per_tile),
+            strips=tuple(self.store.strips(by_tile[:n, j]) for j, n in enumerate(meeting)),
             meeting=meeting,
             masks=tuple(self._mask(at[:n], first_key[:n] + j * KEY_TILE, window) for j, n in enumerate(meeting)),
         )
@@ -149,20 +152,20 @@ class TiledAttention:
 
     def _attend(self, layer: int, q: Tensor, tiles: _Tiles, out: Tensor) -> None:
         """Attention of the rows in `tiles`, into `out` [T, heads, head_dim]."""
-        n, positions, real = len(tiles.blocks), tiles.positions, tiles.positions * self.group
+        n, positions, real = tiles.meeting[0], tiles.positions, tiles.positions * self.group
         kv_heads, width = self.shape.kv_heads, self.shape.head_dim
-        rows = _padded(real)
+        rows = _padded(real, self.row_multiple)
         picked = q.index_select(0, tiles.take).float().mul_(self.scale)
         by_head = picked.view(n, positions, kv_heads, self.group, width).permute(2, 0, 1, 3, 4)
         query = picked.new_zeros((kv_heads, n, rows, width))
         query[:, :, :real] = by_head.reshape(kv_heads, n, real, width)
-        highest = query.new_full((kv_heads, n, rows, 1), -math.inf)
-        total = query.new_zeros((kv_heads, n, rows, 1))
-        value = query.new_zeros((kv_heads, n, rows, width))
+        highest = query.new_full((kv_heads, n, real, 1), -math.inf)
+        total = query.new_zeros((kv_heads, n, real, 1))
+        value = query.new_zeros((kv_heads, n, real, width))
         for j, met in enumerate(tiles.meeting):
             self._meet(layer, query[:, :met], tiles, j, highest[:, :met], total[:, :met], value[:, :met])
         value.div_(total)
-        by_row = value[:, :, :real].reshape(kv_heads, n, positions, self.group, width).permute(1, 2, 0, 3, 4)
+        by_row = value.reshape(kv_heads, n, positions, self.group, width).permute(1, 2, 0, 3, 4)
         flat = by_row.reshape(n * positions, -1, width)
         source, target = tiles.put
         out.index_copy_(0, target, flat.index_select(0, source).to(out.dtype))
@@ -172,23 +175,23 @@ class TiledAttention:
     ) -> None:
         """One key tile: query [kv_heads, n, rows, head_dim]; updates the running maximum, sum and value in place."""
         kv_heads, n, rows, width = query.shape
-        keys, values = self.store.read(layer, tiles.blocks[:n, j])
+        keys, values = self.store.read(layer, tiles.strips[j])
         scores = torch.bmm(query.reshape(kv_heads * n, rows, width), keys.float().transpose(1, 2))
         scores = scores.view(kv_heads, n, rows, KEY_TILE)
+        real = scores[:, :, : tiles.positions * self.group]  # rows of padding stay what they are, and are never read
         if (mask := tiles.masks[j]) is not None:
-            real = scores[:, :, : tiles.positions * self.group]
             real.view(kv_heads, n, tiles.positions, self.group, KEY_TILE).add_(mask)
-        new = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        new = torch.maximum(highest, real.amax(-1, keepdim=True))
         kept = torch.exp(highest - new)
-        chance = scores.sub_(new).exp_()
+        chance = real.sub_(new).exp_()
         total.mul_(kept).add_(chance.sum(-1, keepdim=True))
-        seen = torch.bmm(chance.view(kv_heads * n, rows, KEY_TILE), values.float())
-        value.mul_(kept).add_(seen.view(kv_heads, n, rows, width))
+        seen = torch.bmm(scores.view(kv_heads * n, rows, KEY_TILE), values.float())
+        value.mul_(kept).add_(seen.view(kv_heads, n, rows, width)[:, :, : tiles.positions * self.group])
         highest.copy_(new)
 
-    def _exact(self) -> bool:
+    def _exact(self, multiple: int) -> bool:
         """Whether both products give a row the same bits in a decode tile as in a prefill tile, alone or batched."""
-        decode, prefill = _padded(self.group), _padded(PREFILL_TILE * self.group)
+        decode, prefill = _padded(self.group, multiple), _padded(PREFILL_TILE * self.group, multiple)
         generator = torch.Generator().manual_seed(0)
         for width, wide in ((self.shape.head_dim, KEY_TILE), (KEY_TILE, self.shape.head_dim)):
             left = torch.randn(24, prefill, width, generator=generator)
@@ -225,5 +228,5 @@ def _slots(part: Rows, block_tokens: int) -> np.ndarray:
     return part.blocks[at // block_tokens] * block_tokens + at % block_tokens
 
 
-def _padded(rows: int) -> int:
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+def _padded(rows: int, multiple: int) -> int:
+    return -(-rows // multiple) * multiple

@@ -25,7 +25,9 @@ class KVStore:
         size = (shape.kv_heads, blocks * block_tokens, shape.head_dim)
         self.keys = [_zeros(size, dtype, device) for _ in range(shape.layers)]
         self.values = [_zeros(size, dtype, device) for _ in range(shape.layers)]
+        self.blocks = blocks
         self.block_tokens = block_tokens
+        self._scratch = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
 
     @staticmethod
     def block_bytes(shape: ModelShape, block_tokens: int, dtype: torch.dtype) -> int:
@@ -41,15 +43,26 @@ class KVStore:
         self.keys[layer].index_copy_(1, slots, keys.transpose(0, 1))
         self.values[layer].index_copy_(1, slots, values.transpose(0, 1))
 
-    def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of `blocks` [n, m], each [kv_heads * n, m * block_tokens, head_dim]: a copy."""
-        return self._gather(self.keys[layer], blocks), self._gather(self.values[layer], blocks)
+    def strips(self, blocks: Tensor) -> Tensor:
+        """Where `blocks` [n, m] lie in a plane seen as strips of one head's block: [kv_heads, n, m], for `read`."""
+        heads = torch.arange(self.keys[0].shape[0], device=blocks.device) * self.blocks
+        return heads[:, None, None] + blocks
 
-    def _gather(self, plane: Tensor, blocks: Tensor) -> Tensor:
-        heads, _, width = plane.shape
-        by_block = plane.view(heads, -1, self.block_tokens, width)
-        tiles = by_block.index_select(1, blocks.flatten())
-        return tiles.view(heads * len(blocks), -1, width)
+    def read(self, layer: int, strips: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V at `strips` [kv_heads, n, m], each [kv_heads * n, m * block_tokens, head_dim]: copies in scratch
+        memory, good until the next read."""
+        planes = (self.keys[layer], self.values[layer])
+        keys, values = (self._gather(plane, strips, which) for which, plane in enumerate(planes))
+        return keys, values
+
+    def _gather(self, plane: Tensor, strips: Tensor, which: int) -> Tensor:
+        heads, n, m = strips.shape
+        width = plane.shape[-1]
+        by_strip = plane.view(heads * self.blocks, self.block_tokens * width)
+        if self._scratch[which].numel() < strips.numel() * by_strip.shape[1]:
+            self._scratch[which] = plane.new_empty(strips.numel() * by_strip.shape[1])
+        out = self._scratch[which][: strips.numel() * by_strip.shape[1]].view(strips.numel(), -1)
+        return torch.index_select(by_strip, 0, strips.flatten(), out=out).view(heads * n, m * self.block_tokens, width)
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from torch.nn import functional
 Apply = Callable[[Tensor], Tensor]
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # row counts a kernel is ever called with
-_WIDE = 16384  # outputs of a linear that only an output head has
+_WIDE = 4  # outputs per input from which the packed kernel wins by a third or more
+_HEAD = 16384  # outputs that only an output head has
+_CHAIN = 288  # inputs added up in one chain
 _CHECKED_MULTIPLIES = 2**31  # rows times weights of the largest trial call
 
 
@@ -105,15 +108,38 @@ def _packed(weight: Tensor, bias: Tensor | None) -> Apply:
     """The faster of two CPU kernels where it is precise enough.
 
     oneDNN's packed kernel adds up the inner dimension in one chain and errs about twice as much as MKL's blocked sums.
-    Over thirty layers that adds up to more than the 1e-4 we allow against transformers, so in fp32 it computes only the
-    output head, one product, where it is twice as fast (docs/LOG.md).
+    Over thirty layers that adds up to more than the 1e-4 we allow against transformers, so in fp32 it computes what
+    is much wider than it is deep, in shorter chains, and the output head, one product only (docs/LOG.md).
     """
-    wide = len(weight) >= _WIDE
-    if not _can_pack(weight.dtype) or (weight.dtype == torch.float32 and not wide):
+    outputs, inputs = weight.shape
+    if not _can_pack(weight.dtype) or (weight.dtype == torch.float32 and outputs < _WIDE * inputs):
         return _plain(weight, bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    if weight.dtype != torch.float32 or outputs >= _HEAD:
+        return _chained(weight, bias, inputs)
+    return _chained(weight, bias, _CHAIN)
+
+
+def _chained(weight: Tensor, bias: Tensor | None, chain: int) -> Apply:
+    """oneDNN's packed kernel on stretches of at most `chain` inputs, added up."""
+    parts = -(-weight.shape[1] // chain)
+    ends = [weight.shape[1] * part // parts for part in range(parts + 1)]
+    packed = [
+        (first, last, torch.ops.mkldnn._reorder_linear_weight(weight[:, first:last].contiguous()))
+        for first, last in pairwise(ends)
+    ]
     linear = torch.ops.mkldnn._linear_pointwise
-    return lambda x: linear(x, packed, bias, "none", [], "")
+
+    def apply(x: Tensor) -> Tensor:
+        out: Tensor | None = None
+        for first, last, part in packed:
+            if out is None:
+                out = linear(x[:, first:last], part, bias, "none", [], "")
+            else:
+                out = linear.binary(x[:, first:last], out, part, None, "add")
+        assert out is not None
+        return out
+
+    return apply
 
 
 def _can_pack(dtype: torch.dtype) -> bool:
