@@ -29,6 +29,7 @@ from headrace.device.kvstore import KVStore
 KEY_TILE = 128  # keys met at once; a multiple of every block size
 PREFILL_TILE = 64  # query positions of one tile
 ROW_MULTIPLES = (4, 8, 16)  # tile rows are padded to one of these: other counts take other paths in the library
+_FAINT = -80.0  # exponents below this count as this: exp underflows further down, and is ten times as slow there
 _MASKED = -1e30  # not -inf: a row may find a whole tile masked, and (-inf) - (-inf) is not a number
 
 
@@ -69,7 +70,9 @@ class _Tiles:
     positions: int  # rows of one tile
     strips: tuple[Tensor, ...]  # per key tile, where its blocks lie: [kv_heads, met, blocks per key tile]
     meeting: tuple[int, ...]
-    masks: tuple[Tensor | None, ...]  # per key tile [met, positions, 1, KEY_TILE]; None: everything is visible
+    masks: tuple[tuple[Tensor, Tensor] | None, ...]
+    """Per key tile what to add to the scores and what to multiply the weights with, [met, positions, 1, KEY_TILE] each;
+    None where everything is visible."""
 
 
 class TiledAttention:
@@ -137,15 +140,16 @@ class TiledAttention:
             masks=tuple(self._mask(at[:n], first_key[:n] + j * KEY_TILE, window) for j, n in enumerate(meeting)),
         )
 
-    def _mask(self, at: np.ndarray, first_key: np.ndarray, window: int | None) -> Tensor | None:
-        """0 where a row at position `at` [n, positions] may see a key, `_MASKED` elsewhere."""
+    def _mask(self, at: np.ndarray, first_key: np.ndarray, window: int | None) -> tuple[Tensor, Tensor] | None:
+        """(0, 1) where a row at position `at` [n, positions] may see a key, (`_MASKED`, 0) elsewhere."""
         keys = first_key[:, None, None] + np.arange(KEY_TILE)
         hidden = keys > at[:, :, None]
         if window is not None:
             hidden |= keys <= at[:, :, None] - window
         if not hidden.any():
             return None
-        return self._tensor(np.where(hidden, np.float32(_MASKED), np.float32(0.0))[:, :, None, :])
+        hidden = hidden[:, :, None, :]
+        return self._tensor(np.where(hidden, np.float32(_MASKED), np.float32(0))), self._tensor(~hidden * np.float32(1))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -179,11 +183,14 @@ class TiledAttention:
         scores = torch.bmm(query.reshape(kv_heads * n, rows, width), keys.float().transpose(1, 2))
         scores = scores.view(kv_heads, n, rows, KEY_TILE)
         real = scores[:, :, : tiles.positions * self.group]  # rows of padding stay what they are, and are never read
+        by_position = real.view(kv_heads, n, tiles.positions, self.group, KEY_TILE)
         if (mask := tiles.masks[j]) is not None:
-            real.view(kv_heads, n, tiles.positions, self.group, KEY_TILE).add_(mask)
+            by_position.add_(mask[0])
         new = torch.maximum(highest, real.amax(-1, keepdim=True))
-        kept = torch.exp(highest - new)
-        chance = real.sub_(new).exp_()
+        kept = (highest - new).clamp_(min=_FAINT).exp_()
+        chance = real.sub_(new).clamp_(min=_FAINT).exp_()
+        if mask is not None:
+            by_position.mul_(mask[1])
         total.mul_(kept).add_(chance.sum(-1, keepdim=True))
         seen = torch.bmm(scores.view(kv_heads * n, rows, KEY_TILE), values.float())
         value.mul_(kept).add_(seen.view(kv_heads, n, rows, width)[:, :, : tiles.positions * self.group])
