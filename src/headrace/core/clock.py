@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import math
-import selectors
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any, NoReturn, TypeVar
@@ -55,9 +54,12 @@ def spend(until_s: float) -> None:
     loop.pass_until(until_s)
 
 
-def is_virtual() -> bool:
-    """Whether the running loop's time jumps instead of passing."""
-    return isinstance(asyncio.get_running_loop(), VirtualLoop)
+def virtual_now() -> float:
+    """As `now()`, for whoever must not run in real time: raises RuntimeError there."""
+    loop = asyncio.get_running_loop()
+    if not isinstance(loop, VirtualLoop):
+        raise RuntimeError("this is a simulation: run it with clock.run(..., virtual=True)")
+    return loop.time()
 
 
 def wall() -> float:
@@ -82,41 +84,57 @@ def run(main: Coroutine[Any, Any, T], *, virtual: bool = False) -> T:
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time starts at 0 and jumps. Touches asyncio's `_scheduled` and `_clock_resolution`."""
+    """An event loop whose time starts at 0 and jumps. It keeps its own timers and never looks at a socket. Of asyncio's
+    insides it replaces `_run_once` and uses `_ready`."""
 
     def __init__(self) -> None:
         self._virtual_s = 0.0
         self._order = 0
-        super().__init__(_JumpingSelector(self))
-        self._clock_resolution = math.ulp(0.0)
+        self._cancelled = 0  # timers that wait in vain
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []  # a heap: equal times by order of creation
+        super().__init__()
 
     def time(self) -> float:
         return self._virtual_s
 
-    def jump(self, timeout_s: float | None) -> None:
-        """Advance to the next deadline instead of waiting `timeout_s` for it."""
-        if timeout_s is None:
-            raise Deadlock(self._describe())
-        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
-        if scheduled and timeout_s > 0:
-            self.pass_until(scheduled[0].when())
-
     def pass_until(self, when_s: float) -> None:
         """Time never runs backwards."""
         self._virtual_s = max(self._virtual_s, when_s)
-        # asyncio fires what is due before time + resolution: with one ulp, exactly what is due now
-        self._clock_resolution = math.ulp(self._virtual_s)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        """As asyncio's, but equal deadlines fire in the order they were set: heapq alone does not promise that."""
+        """As asyncio's, but equal times fire in the order they were set."""
         self._order += 1
-        timer = _OrderedTimer(max(when, self._virtual_s), callback, args, self, context)
-        timer.order = self._order
-        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
-        timer._scheduled = True
+        when = max(when, self._virtual_s)
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, self._order, timer))
         return timer
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """It is dropped when its time comes, or with others when most are cancelled."""
+        self._cancelled += 1
+        if self._cancelled > 64 and self._cancelled > len(self._timers) // 2:
+            self._timers = [timer for timer in self._timers if not timer[2].cancelled()]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
+
+    def _run_once(self) -> None:
+        """Run what is ready; if nothing is, jump to the next timer first."""
+        ready: deque[asyncio.Handle] = self._ready  # type: ignore[attr-defined]
+        timers = self._timers
+        if not ready and not self._stopping:  # type: ignore[attr-defined]
+            while timers and timers[0][2]._cancelled:
+                heapq.heappop(timers)
+            if not timers:
+                raise Deadlock(self._describe())
+            self.pass_until(timers[0][0])
+        while timers and timers[0][0] <= self._virtual_s:
+            ready.append(heapq.heappop(timers)[2])
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                handle._run()
 
     async def shutdown_default_executor(self, *_: object) -> None:
         """Nothing to shut down: there was never a thread."""
@@ -130,29 +148,3 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def _describe(self) -> str:
         waiting = [f"  {task.get_name()}: {task.get_coro()}" for task in asyncio.all_tasks(self)]
         return "deadlock at virtual time {:.6f} s; every task waits:\n{}".format(self._virtual_s, "\n".join(waiting))
-
-
-class _OrderedTimer(asyncio.TimerHandle):
-    """A timer that sorts by (deadline, order of creation)."""
-
-    __slots__ = ("order",)
-    order: int
-    _scheduled: bool
-
-    def __lt__(self, other: object) -> bool:
-        if not isinstance(other, _OrderedTimer):
-            return NotImplemented
-        return (self.when(), self.order) < (other.when(), other.order)
-
-
-class _JumpingSelector(selectors.SelectSelector):
-    """Waits for nothing: where a real selector would sleep, virtual time jumps. Sockets never become ready."""
-
-    def __init__(self, loop: VirtualLoop) -> None:
-        super().__init__()
-        self._jumping_loop = loop
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None or timeout > 0:
-            self._jumping_loop.jump(timeout)
-        return []

@@ -132,7 +132,7 @@ class Run(NamedTuple):
 
     @property
     def total_s(self) -> float:
-        return self.until(self.steps)
+        return self.first_s if self.steps == 1 else self.until(self.steps)
 
     def until(self, steps: int) -> float:
         """Seconds of the first `steps` repetitions."""

@@ -103,6 +103,8 @@ class Beats:
         """How many beats, at most `most`, begin no more than so many blocks. In `block_tokens` beats everybody begins
         one."""
         size, number = len(self._begins), self.pace.number
+        if (most // size + 1) * len(self.members) <= blocks:
+            return most
         cycles = min(blocks // max(len(self.members), 1), most // size)
         beats, left = cycles * size, blocks - cycles * len(self.members)
         while beats < most and (left := left - len(self._begins[-(number + beats) % size])) >= 0:

@@ -128,7 +128,8 @@ class Engine:
         self._repeats = plan.steps > 1
         try:
             result = await self._executor.run(plan)
-            outputs = self._scheduler.commit(result, clock.now())
+            now = clock.now()
+            outputs = self._scheduler.commit(result, now)
         except Exception as error:  # whatever broke, the requests of this step must learn of it and the others go on
             self._failures += 1
             self._deliver(self._scheduler.fail(clock.now(), f"the step failed: {_describe(error)}"))
@@ -136,7 +137,7 @@ class Engine:
                 self._give_up(f"{self._failures} steps in a row failed, the last with {_describe(error)}")
         else:
             self._failures = 0
-            self._last_progress_s = clock.now()
+            self._last_progress_s = now
             self._deliver(outputs)
         self._repeats = False
         await clock.sleep(0)  # readers of this step's outputs run before the next plan, whatever the executor does

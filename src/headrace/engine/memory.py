@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from headrace.core.keys import first_key, next_key
 from headrace.core.step import Block
-from headrace.core.types import BlockKey, RequestId
+from headrace.core.types import BlockKey
 from headrace.engine.pool import Pool
 from headrace.engine.prefix import PrefixIndex
 from headrace.engine.progress import Progress
@@ -81,12 +81,12 @@ class Memory:
         progress.blocks += taken
         return tuple(taken)
 
-    def begin(self, some: Sequence[Progress]) -> dict[RequestId, tuple[Block, ...]]:
+    def begin(self, some: Sequence[Progress]) -> list[Block]:
         """Take one more block for each; the caller has made sure that they are there."""
         taken = self.pool.take(len(some))
         for progress, block in zip(some, taken, strict=True):
             progress.blocks.append(block)
-        return {progress.id: (block,) for progress, block in zip(some, taken, strict=True)}
+        return taken
 
     def name(self, progress: Progress, fresh: list[BlockKey]) -> None:
         """Enter the full blocks whose keys are known into the index; append the keys that are new there to `fresh`."""
@@ -108,7 +108,10 @@ class Memory:
             while len(progress.keys) < full and self._next_key(progress):
                 pass
             self.name(progress, fresh)
-        self.pool.release(reversed(progress.blocks))
+        if progress.named_blocks:
+            self.pool.release(reversed(progress.blocks))
+        else:  # nobody else can have found one
+            self.pool.release_own(progress.blocks[::-1])
         progress.blocks = []
         progress.computed_tokens = progress.named_blocks = 0
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from headrace.core import events
 from headrace.core.ports import Observer
 from headrace.core.step import Admitted, Beat, Block, Run, Work
-from headrace.core.types import BlockKey, RequestId
+from headrace.core.types import BlockKey
 from headrace.engine.memory import Memory
 from headrace.engine.policy import REPEATABLE, SETTLED, BatchView, Policies, PoolView, Share
 from headrace.engine.progress import Progress, State
@@ -207,32 +207,35 @@ class Planner:
         begin = [progress for progress in decoding.beginners() if progress.served_step != step.number]
         apart = list(step.drawing)
         if len(begin) <= memory.pool.free:
-            begun = memory.begin(begin)
+            taken = memory.begin(begin)
         else:
-            begun = self._begin_each(begin, apart, step)
+            begin, taken = self._begin_each(begin, apart, step)
         if len(apart) == len(decoding):
             return 0
         step.members = tuple(one for one in decoding.members if one not in apart) if apart else tuple(decoding.members)
         rows, context_tokens = decoding.beat(apart)
         ids = tuple(progress.id for progress in apart)
+        begun = {progress.id: (block,) for progress, block in zip(begin, taken, strict=True)}
         step.beat = Beat(decoding.pace.number - 1, rows, context_tokens, begun, ids)
         step.tokens += len(rows)
         return len(rows)
 
     def _begin_each(
         self, begin: list[Progress], apart: list[Progress], step: Step
-    ) -> dict[RequestId, tuple[Block, ...]]:
+    ) -> tuple[list[Progress], list[Block]]:
         """Not all of them find a block without somebody yielding, maybe one of themselves. Who finds none is added to
-        those `apart`."""
-        begun: dict[RequestId, tuple[Block, ...]] = {}
+        those `apart`; returns the others and their blocks."""
+        begun: list[Progress] = []
+        taken: list[Block] = []
         for progress in begin:
             if progress.served_step == step.number:
                 continue
             if self._make_room(progress, (), 1, step):
-                begun |= self._memory.begin([progress])
+                begun.append(progress)
+                taken += self._memory.begin([progress])
             else:
                 apart.append(progress)
-        return begun
+        return begun, taken
 
     def _repetitions(self, step: Step, most: int) -> int:
         """How often the same step may follow itself: as long as the policies would say the same, memory lasts without

@@ -24,15 +24,11 @@ class Pool:
 
     def __init__(self, blocks: int, index: PrefixIndex) -> None:
         self.blocks = blocks
+        self.free = blocks  # blocks nobody holds; the cached ones among them still have content worth finding
         self._index = index
         self._references = [0] * blocks
         self._free = list(range(blocks - 1, -1, -1))  # a stack: low numbers first
         self._cached: OrderedDict[Block, None] = OrderedDict()
-
-    @property
-    def free(self) -> int:
-        """Blocks nobody holds; the cached ones among them still have content worth finding."""
-        return len(self._free) + len(self._cached)
 
     @property
     def used(self) -> int:
@@ -50,6 +46,7 @@ class Pool:
             self._index.forget(block)
         else:
             raise IndexError("no block is free")
+        self.free -= 1
         self._references[block] = 1
         return block
 
@@ -60,6 +57,7 @@ class Pool:
             return [self.allocate() for _ in range(count)]
         taken = free[len(free) - count :]
         del free[len(free) - count :]
+        self.free -= count
         taken.reverse()
         for block in taken:
             self._references[block] = 1
@@ -69,6 +67,7 @@ class Pool:
         """One more holder of a block that is held or cached."""
         if not self._references[block]:
             del self._cached[block]
+            self.free -= 1
         self._references[block] += 1
 
     def release(self, blocks: Iterable[Block]) -> None:
@@ -78,10 +77,18 @@ class Pool:
         for block in blocks:
             left = references[block] = references[block] - 1
             if not left:
+                self.free += 1
                 if named(block):
                     self._cached[block] = None
                 else:
                     free(block)
+
+    def release_own(self, blocks: list[Block]) -> None:
+        """As `release`, for blocks that have no name and no other holder; in the order given."""
+        for block in blocks:
+            self._references[block] = 0
+        self._free += blocks
+        self.free += len(blocks)
 
     def forget(self, block: Block) -> None:
         """The content of a block is not what its key says: nobody may find it any more."""
@@ -94,6 +101,7 @@ class Pool:
         """Every block is free, cached or held, exactly one of them; cached means unheld with a key."""
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a block is free twice"
+        assert self.free == len(free) + len(cached), "the count of free blocks is off"
         assert not free & cached, "a block is free and cached"
         assert all(count >= 0 for count in self._references), "a block was released more often than taken"
         unheld = {block for block, count in enumerate(self._references) if not count}

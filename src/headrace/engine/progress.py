@@ -21,6 +21,8 @@ class State(Enum):
     DECODING = "decoding"  # running, and one token behind: the one drawn last, or being drawn
     FINISHED = "finished"
 
+    __hash__ = object.__hash__  # members are looked up in tables on every move; Enum would hash their names
+
 
 LEGAL: Mapping[State, frozenset[State]] = {
     State.WAITING: frozenset({State.PREFILLING, State.DECODING, State.FINISHED}),

@@ -65,16 +65,19 @@ class Lines:
 
     def move(self, progress: Progress, state: State) -> None:
         assert state in LEGAL[progress.state], f"a request cannot go from {progress.state.value} to {state.value}"
-        was_waiting, was_running = progress.state is State.WAITING, progress.running
+        was_waiting = progress.state is State.WAITING
         self._of[progress.state].remove(progress)
         progress.state = state
         if state is State.FINISHED:
             del self.live[progress.id]
         else:
             self._of[state].add(progress)
-        self.waiting_tokens += progress.prompt_tokens * ((state is State.WAITING) - was_waiting)
-        self.reserved_blocks += progress.longest_blocks * (progress.running - was_running)
-        if was_running and not progress.running:
+        if was_waiting:
+            self.waiting_tokens -= progress.prompt_tokens
+            self.reserved_blocks += progress.longest_blocks * progress.running
+        elif not progress.running:
+            self.waiting_tokens += progress.prompt_tokens * (state is State.WAITING)
+            self.reserved_blocks -= progress.longest_blocks
             self.released.append(progress.id)
 
     @property
@@ -113,6 +116,8 @@ class Deadlines:
 
     def next(self, live: int) -> Progress | None:
         """The live request whose deadline comes first."""
+        if not self._heap:
+            return None
         if len(self._heap) > 2 * live + 16:
             self._heap = [entry for entry in self._heap if entry[2].state is not State.FINISHED]
             heapify(self._heap)

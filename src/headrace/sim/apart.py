@@ -40,12 +40,14 @@ def _work(there: Connection, arrivals: Callable[[], Iterable[Arrival]], site: Si
         parts: list[Part] | str = clock.run(run(arrivals(), site, numbers), virtual=True)
     except Exception as error:
         parts = f"{type(error).__name__}: {error}"
-    there.send_bytes(msgspec.msgpack.encode(parts))
+    there.send_bytes(msgspec.msgpack.encode(parts, enc_hook=lambda kept: kept.state()))
 
 
 def _received(here: Connection) -> list[Part]:
     try:
-        parts = msgspec.msgpack.decode(here.recv_bytes(), type=list[Part] | str)
+        parts = msgspec.msgpack.decode(
+            here.recv_bytes(), type=list[Part] | str, dec_hook=lambda kind, state: kind.of(state)
+        )
     except EOFError as error:
         raise SimulationFailed("a process of the simulation ended without a result; was memory short?") from error
     if isinstance(parts, str):

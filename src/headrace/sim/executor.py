@@ -59,6 +59,7 @@ class SimulatedExecutor:
         self._begun_s = 0.0
         self._run = Run(1, 0.0)  # what is left of the repetitions under way
         self._over: asyncio.Future[None] | None = None  # while repetitions are under way
+        self.error: Exception | None = None  # why a step could not be priced: nothing is worth simulating after it
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -66,11 +67,13 @@ class SimulatedExecutor:
         return self._capacity
 
     async def run(self, plan: StepPlan) -> StepResult:
-        if not clock.is_virtual():
-            raise RuntimeError("a simulated executor makes no tokens: run it under virtual time")
-        self._update(plan)
-        self._begun_s = clock.now()
-        self._run = self._price(plan)
+        self._begun_s = clock.virtual_now()
+        try:
+            self._update(plan)
+            self._run = self._price(plan)
+        except Exception as error:
+            self.error = error
+            raise
         if self._run.steps > 1:
             await self._repeat()
         else:

@@ -55,7 +55,7 @@ class Feed:
         self._unsent = 0
         self._exhausted = False
         self._closed = False  # the next arrival waits for a free client
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
         self.done = asyncio.Event()
 
     def begin(self, send: Send) -> None:
@@ -74,6 +74,11 @@ class Feed:
         if self._closed:
             self._loop.call_soon(self._guarded, self._read)
         self._check_done()
+
+    def stop(self, error: Exception) -> None:
+        """Something is wrong, and the first that is ends the simulation."""
+        self.error = self.error or error
+        self.done.set()
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -147,12 +152,10 @@ class Feed:
         self._loop.call_at(when_s, self._guarded, call, *args)
 
     def _guarded(self, call: Callable[..., None], *args: object) -> None:
-        """Whatever is wrong with the traffic ends the simulation."""
         try:
             call(*args)
         except Exception as error:
-            self.error = error
-            self.done.set()
+            self.stop(error)
 
     def _check_done(self) -> None:
         if self._exhausted and not self._unsent and not self.lengths:

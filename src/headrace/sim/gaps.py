@@ -50,23 +50,22 @@ class Gaps:
             self._joining[request_id] = last
 
     def decoded(self, event: Decoded) -> None:
-        later = event.run.after(1)
-        first_s = event.at_s - later.total_s  # the end of the first repetition
-        left_out = self._leave_out(event.paused)
-        joining = list(self._joining.values())
-        for last in joining:
+        run, joining = event.run, self._joining
+        first_s = event.at_s if run.steps == 1 else event.at_s - run.after(1).total_s  # the end of the first repetition
+        left_out = self._leave_out(event.paused) if event.paused else {}
+        for last in joining.values():
             self._gap(last, first_s, 1)
             last.since = self._number + 1
-        self._joining = left_out
         if event.requests > len(joining):
             self._push(first_s - self._beat_s)
             self.all.add(first_s - self._beat_s, event.requests - len(joining))
         self._number += 1
-        if later.steps:
-            self._push(max(later.first_s, later.after(later.steps - 1).first_s))
+        if run.steps > 1 and event.requests:
+            later = run.after(1)
+            self._push(max(later.first_s, run.after(run.steps - 1).first_s))
             self.all.add_run(later, event.requests)
             self._number += 1
-        self._beat_s = event.at_s
+        self._joining, self._beat_s = left_out, event.at_s
 
     def preempted(self, request_id: RequestId) -> None:
         """It has no beat until it draws again."""

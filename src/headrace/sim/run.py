@@ -18,7 +18,7 @@ from headrace.core import clock
 from headrace.core.config import EngineSettings
 from headrace.core.events import Arrived, Event, Finished
 from headrace.core.ports import Capacity, Observer
-from headrace.core.types import SLO, HeadraceError, Request
+from headrace.core.types import SLO, FinishReason, HeadraceError, Request
 from headrace.engine.loop import Engine
 from headrace.engine.policy import Policies
 from headrace.engine.scheduler import Scheduler
@@ -101,11 +101,11 @@ class _Replica:
         self.stats = Stats(site.slo)
         self._feed = feed
         self._more = more
-        executor = SimulatedExecutor(site.capacity, site.cost, feed.lengths, windows=site.windows)
+        self._executor = SimulatedExecutor(site.capacity, site.cost, feed.lengths, windows=site.windows)
         scheduler = Scheduler(
             site.settings, site.capacity, token_budget=site.token_budget, observer=self, policies=site.policies
         )
-        self.engine = Engine(f"replica {number}", scheduler, executor)
+        self.engine = Engine(f"replica {number}", scheduler, self._executor)
 
     def observe(self, event: Event) -> None:
         self.stats.observe(event)
@@ -118,6 +118,8 @@ class _Replica:
             self.requests -= 1
             self.prompt_tokens -= event.usage.prompt_tokens
             self._feed.ended(event.request_id)
+            if event.reason is FinishReason.ERROR:
+                self._feed.stop(SimulationFailed(f"replica {self.number} failed: {self._executor.error}"))
 
 
 class _Views(Sequence[View]):
@@ -190,14 +192,11 @@ async def run(
 
     serving = [asyncio.create_task(replica.engine.run()) for replica in replicas.values()]
     feed.begin(send)
-    ended = asyncio.create_task(feed.done.wait())
-    await asyncio.wait({ended, *serving}, return_when=asyncio.FIRST_COMPLETED)
-    failed = [replica.engine.status().error for replica in replicas.values() if replica.engine.status().error]
-    for task in (ended, *serving):
+    await feed.done.wait()
+    await clock.sleep(1.0)  # every executor hears whom to forget
+    for task in serving:
         task.cancel()
-    await asyncio.gather(ended, *serving, return_exceptions=True)
-    if failed:
-        raise SimulationFailed(f"a replica gave up: {failed[0]}")
+    await asyncio.gather(*serving, return_exceptions=True)
     if feed.error is not None:
         raise feed.error
     return [Part(replica.stats.totals, replica.stats.digest) for replica in replicas.values()]

@@ -104,7 +104,8 @@ class Stats:
         self._slos: dict[RequestId, SLO] = {}
         self._gaps = Gaps()
         self.totals.itl_s = self._gaps.all
-        self._log = blake2b(digest_size=16)
+        self._hash = blake2b(digest_size=16)
+        self._lines: list[bytes] = []  # not hashed yet
         self._fold: Mapping[type, Callable[[Any], None]] = {
             StepDone: self._step,
             Planned: self._plan,
@@ -119,7 +120,9 @@ class Stats:
 
     @property
     def digest(self) -> str:
-        return self._log.hexdigest()
+        self._hash.update(b"".join(self._lines))
+        self._lines.clear()
+        return self._hash.hexdigest()
 
     def observe(self, event: Event) -> None:
         self._fold[type(event)](event)
@@ -130,11 +133,11 @@ class Stats:
         totals.plans += 1
         totals.running.add(event.at_s, event.running)
         totals.waiting.add(event.at_s, event.waiting)
-        self._log.update(pack("<cdqqq", b"p", event.at_s, event.requests, event.tokens, event.used_blocks))
+        self._log(pack("<cdqqq", b"p", event.at_s, event.requests, event.tokens, event.used_blocks))
 
     def _decode(self, event: Decoded) -> None:
         self._gaps.decoded(event)
-        self._log.update(pack("<cdqq", b"b", event.at_s, event.requests, event.run.steps))
+        self._log(pack("<cdqq", b"b", event.at_s, event.requests, event.run.steps))
 
     def _draw(self, event: Drew) -> None:
         self._gaps.drew(event)
@@ -154,7 +157,13 @@ class Stats:
         self._note(b"r", event.at_s, event.request_id)
 
     def _note(self, kind: bytes, at_s: float, *words: str) -> None:
-        self._log.update(pack("<cd", kind, at_s) + "\0".join(words).encode("utf-8", "surrogatepass"))
+        self._log(pack("<cd", kind, at_s) + "\0".join(words).encode("utf-8", "surrogatepass"))
+
+    def _log(self, line: bytes) -> None:
+        self._lines.append(line)
+        if len(self._lines) >= 512:
+            self._hash.update(b"".join(self._lines))
+            self._lines.clear()
 
     def _step(self, event: StepDone) -> None:
         totals = self.totals

@@ -8,8 +8,7 @@ that price them live beside this file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from headrace.core.shape import ModelShape
 from headrace.core.step import StepPlan, Work
@@ -20,8 +19,7 @@ class Extrapolated(HeadraceError):
     """A measured model was asked about a step far from everything it has seen."""
 
 
-@dataclass(frozen=True, slots=True)
-class Spans:
+class Spans(NamedTuple):
     """Attention work of one step in one layer, of the layers that share an attention window.
 
     A row computes `tokens` queries at positions start, start+1, ...; the query at position i meets min(i+1, window)
@@ -41,8 +39,7 @@ class Spans:
     room: int | None = None  # steps until the first of them reaches its window; None: never
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """One step as sums over its rows. All fields are additive over rows but `room` of the spans.
 
     `windowed` has one entry per distinct finite attention window of the model, smallest first.
@@ -63,12 +60,12 @@ class Batch:
     def advanced(self, steps: int) -> Batch:
         """The batch after `steps` more decode steps of the same rows, none of which passes its window's edge."""
         spans = tuple(_advanced(span, steps) for span in self.windowed)
-        return replace(self, full=_advanced(self.full, steps), windowed=spans)
+        return self._replace(full=_advanced(self.full, steps), windowed=spans)
 
 
 def _advanced(spans: Spans, steps: int) -> Spans:
     room = None if spans.room is None else spans.room - steps
-    return replace(spans, decode_context=spans.decode_context + spans.growing * steps, room=room)
+    return spans._replace(decode_context=spans.decode_context + spans.growing * steps, room=room)
 
 
 def windows_of(shape: ModelShape) -> tuple[int, ...]:
@@ -168,8 +165,7 @@ def _plus_spans(spans: Spans, part: Spans, share: float) -> Spans:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class StepCost:
+class StepCost(NamedTuple):
     """The price of one step on all devices of a replica together.
 
     The four terms add up to `seconds`: every operator's time goes to the resource that bounds it. Work that a faster
@@ -194,8 +190,7 @@ class StepCost:
         return ("compute", "memory", "network", "overhead")[terms.index(max(terms))]
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """Consecutive decode steps of one batch: step i takes first_s + i * slope_s seconds, for i < steps."""
 
     first_s: float
