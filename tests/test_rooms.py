@@ -22,9 +22,10 @@ MAY_IMPORT = {  # room -> the rooms below it that it may know
     "cluster": {"core", "engine"},
     "gateway": {"core"},
     "workload": {"core"},
-    "bench": {"core", "workload"},
-    "sim": {"core", "workload", "engine", "cluster"},
-    "cli": {"core", "engine", "device", "cluster", "gateway", "workload", "bench", "sim"},
+    "draw": set[str](),
+    "bench": {"core", "workload", "draw"},
+    "sim": {"core", "workload", "draw", "engine", "cluster"},
+    "cli": {"core", "engine", "device", "cluster", "gateway", "workload", "bench", "sim", "draw"},
 }
 ONLY_IN = {  # a package -> the places that may import it
     "torch": {"device"},

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from headrace.bench.client import Failure
 from headrace.bench.metrics import Record
 from headrace.bench.page import page
-from headrace.bench.plot import Scale, even_ticks, value_scale
 from headrace.bench.report import BadReport, Report, compare, from_json, read_json, save, short, table
 from headrace.bench.settings import BenchSettings
 
@@ -193,31 +192,6 @@ def test_long_runs_are_sampled_and_say_so() -> None:
     text = page([("x", made_report(records))])
     assert "every 5th request" in text
     assert text.count("<g>") == 200
-
-
-@settings(derandomize=True, max_examples=150, deadline=None)
-@given(st.floats(1e-6, 1e9), st.floats(0, 0.9))
-def test_ticks_are_round_few_and_inside(high: float, share: float) -> None:
-    low = high * share
-    ticks = even_ticks(low, high)
-    assert 1 <= len(ticks) <= 9
-    assert all(low - 1e-9 * high <= tick <= high * (1 + 1e-9) for tick in ticks)
-
-
-@settings(derandomize=True, max_examples=150, deadline=None)
-@given(st.lists(st.floats(0, 1e6), max_size=50))
-def test_scales_keep_order_and_stay_inside(values: list[float]) -> None:
-    scale = value_scale(values, 10.0, 110.0)
-    placed = [scale(value) for value in sorted(values)]
-    assert placed == sorted(placed)
-    assert all(10 <= x <= 110 for x in placed)
-    assert all(10 <= scale(tick) <= 110 for tick in scale.ticks())
-
-
-def test_a_heavy_tail_gets_a_logarithmic_scale() -> None:
-    assert value_scale([1.0, 1.0, 1.0, 100.0], 0, 1).log
-    assert not value_scale([1.0, 2.0, 3.0], 0, 1).log
-    assert Scale(1.0, 100.0, 0.0, 100.0, log=True)(10.0) == 50.0
 
 
 def test_short_numbers() -> None:

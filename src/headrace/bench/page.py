@@ -6,11 +6,9 @@ One run or several: every plot draws each run in its own colour, so a comparison
 from __future__ import annotations
 
 from collections.abc import Sequence
-from xml.etree.ElementTree import Element, SubElement, tostring
+from xml.etree.ElementTree import Element, SubElement
 
-from headrace.bench import plot
 from headrace.bench.metrics import Record, cumulative, is_good, token_rate, values_of
-from headrace.bench.plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDE, WIDTH, Scale
 from headrace.bench.report import (
     LABELS,
     Report,
@@ -23,10 +21,12 @@ from headrace.bench.report import (
     short,
     with_ratio,
 )
+from headrace.draw import plot
+from headrace.draw.page import MAX_RUNS, card, document, figures, section, table, text_of
+from headrace.draw.plot import BOTTOM, LEFT, RIGHT, TOP, WIDE, Scale
 
 Named = Sequence[tuple[str, Report]]
 
-MAX_RUNS = 6  # colours that can be told apart
 MAX_ROWS = 240  # requests drawn in a timeline
 _PLOTTED = {
     "ttft": "Time to first token",
@@ -39,44 +39,24 @@ _PLOTTED = {
 def page(runs: Named) -> str:
     """The whole document. The first MAX_RUNS runs are drawn."""
     runs = runs[:MAX_RUNS]
-    root = Element("html", {"lang": "en"})
-    head = SubElement(root, "head")
-    SubElement(head, "meta", {"charset": "utf-8"})
-    SubElement(head, "meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"})
-    SubElement(head, "title").text = f"headrace bench: {runs[0][1].model}"
-    SubElement(head, "style").text = _STYLE
-    main = SubElement(SubElement(root, "body"), "main")
+    root, main = document(f"headrace bench: {runs[0][1].model}")
     _header(main, runs)
     _figures(main, runs)
-    grid = _section(main, "Latency distributions", "Share of requests (of gaps, for inter-token latency) at or below.")
+    grid = section(main, "Latency distributions", "Share of requests (of gaps, for inter-token latency) at or below.")
     plots = SubElement(grid, "div", {"class": "plots"})
     for metric, title in _PLOTTED.items():
-        _card(plots, title, cdf(runs, metric))
-    _card(_section(main, "Throughput", "Output tokens per second as they arrived."), None, throughput(runs))
+        card(plots, title, cdf(runs, metric))
+    card(section(main, "Throughput", "Output tokens per second as they arrived."), None, throughput(runs))
     for index, (name, report) in enumerate(runs):
         _timeline_section(main, name if len(runs) > 1 else "", report, index)
     _details(main, runs)
-    return "<!doctype html>\n" + tostring(root, encoding="unicode", method="html") + "\n"
+    return text_of(root)
 
 
 def cdf(runs: Named, metric: str) -> Element:
     """Empirical distribution functions of one metric, with the promise if there is one."""
-    svg = plot.frame(f"cumulative distribution of {_PLOTTED[metric]}")
-    drawn = [values_of(report.records, metric) for _, report in runs]
-    promise = runs[0][1].slo.get(metric)
-    everything = [value for values in drawn for value in values]
-    x = plot.value_scale([*everything, *([promise] if promise and everything else [])], LEFT, WIDTH - RIGHT)
-    y = Scale(0.0, 1.0, HEIGHT - BOTTOM, TOP)
-    plot.y_axis(svg, y, plot.percent_text, "share")
-    plot.x_axis(svg, x, plot.time_text, LABELS[metric] + (" (logarithmic)" if x.log else ""))
-    for index, values in enumerate(drawn):
-        if points := cumulative(values):
-            plot.steps(svg, points, x, y, f"c{index}")
-    if not everything:
-        plot.text(svg, WIDTH / 2, HEIGHT / 2, "no values", "label")
-    if promise:
-        plot.marker(svg, x, promise, f"SLO {plot.time_text(promise)}")
-    return svg
+    lines = [cumulative(values_of(report.records, metric)) for _, report in runs]
+    return plot.distribution(_PLOTTED[metric], lines, LABELS[metric], runs[0][1].slo.get(metric))
 
 
 def throughput(runs: Named) -> Element:
@@ -158,8 +138,7 @@ def _figures(main: Element, runs: Named) -> None:
         return
     report = runs[0][1]
     summary = report.summary()
-    cards = SubElement(main, "div", {"class": "figures"})
-    figures = [
+    shown = [
         ("output tokens/s", short(summary.output_tokens_per_s)),
         ("requests/s", short(summary.requests_per_s)),
         *(
@@ -169,12 +148,9 @@ def _figures(main: Element, runs: Named) -> None:
         ),
     ]
     if summary.goodput_fraction is not None:
-        figures.append(("within the SLO", f"{100 * summary.goodput_fraction:.1f} %"))
-    figures.append(("answered", f"{summary.completed:,} of {summary.requests:,}"))
-    for label, value in figures:
-        card = SubElement(cards, "div", {"class": "figure"})
-        SubElement(card, "strong").text = value
-        SubElement(card, "span").text = label
+        shown.append(("within the SLO", f"{100 * summary.goodput_fraction:.1f} %"))
+    shown.append(("answered", f"{summary.completed:,} of {summary.requests:,}"))
+    figures(main, shown)
 
 
 def _comparison(main: Element, runs: Named) -> None:
@@ -184,15 +160,15 @@ def _comparison(main: Element, runs: Named) -> None:
         cells = [number(value[key]) for value in values]
         if any(cell is not None for cell in cells):
             rows.append([label, *(with_ratio(cell, cells[0], i == 0) for i, cell in enumerate(cells))])
-    _table(SubElement(main, "div", {"class": "card wide"}), rows)
+    table(SubElement(main, "div", {"class": "card wide"}), rows)
 
 
 def _timeline_section(main: Element, name: str, report: Report, index: int) -> None:
     every = max(1, -(-len(report.records) // MAX_ROWS))
     shown = "every request" if every == 1 else f"every {every}th request"
     title = "Requests over time" + (f": {name}" if name else "")
-    section = _section(main, title, f"One row for {shown}, in the order they were sent.")
-    legend = SubElement(section, "p", {"class": "legend"})
+    place = section(main, title, f"One row for {shown}, in the order they were sent.")
+    legend = SubElement(place, "p", {"class": "legend"})
     kinds = {"wait": "waiting to be sent", "prefill": "until the first token", "decode": "decoding"}
     if report.slo:
         kinds["late"] = "missed the SLO"
@@ -201,7 +177,7 @@ def _timeline_section(main: Element, name: str, report: Report, index: int) -> N
     for kind, label in kinds.items():
         SubElement(legend, "span", {"class": f"key {kind}"})
         SubElement(legend, "span").text = label
-    _card(section, None, timeline(report))
+    card(place, None, timeline(report))
 
 
 def _details(main: Element, runs: Named) -> None:
@@ -215,93 +191,14 @@ def _details(main: Element, runs: Named) -> None:
             if values:
                 cells = (values.mean, values.p50, values.p90, values.p99, values.max)
                 rows.append([LABELS[metric], *(f"{cell * 1e3:,.2f}" for cell in cells)])
-        _table(details, rows)
+        table(details, rows)
         pairs = [
             *headline(report, summary),
             *((key.replace("_", "-"), value) for key, value in report.versions.items()),
         ]
         pairs += [(f"--{key.replace('_', '-')}", str(v)) for key, v in report.settings.items() if v is not None]
-        _table(details, [["", ""], *(list(pair) for pair in pairs)], "pairs")
-
-
-def _table(parent: Element, rows: Sequence[Sequence[str]], kind: str = "numbers") -> None:
-    table = SubElement(SubElement(parent, "div", {"class": "scroll"}), "table", {"class": kind})
-    for cells, tag in zip(rows, ["th", *["td"] * (len(rows) - 1)], strict=True):
-        if any(cells):
-            line = SubElement(table, "tr")
-            for cell in cells:
-                SubElement(line, tag).text = cell
-
-
-def _section(main: Element, title: str, explanation: str) -> Element:
-    section = SubElement(main, "section")
-    SubElement(section, "h2").text = title
-    SubElement(section, "p", {"class": "explanation"}).text = explanation
-    return section
-
-
-def _card(parent: Element, title: str | None, svg: Element) -> None:
-    card = SubElement(parent, "figure", {"class": "card"})
-    if title:
-        SubElement(card, "figcaption").text = title
-    card.append(svg)
+        table(details, [["", ""], *(list(pair) for pair in pairs)], "pairs")
 
 
 def _round(seconds: float) -> float:
     return float(f"{seconds:.3g}")
-
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1b2733; --soft: #5b6b7b; --line: #e3e8ee;
-  --c0: #1668b8; --c1: #c2571a; --c2: #23835a; --c3: #8a4bb3; --c4: #b3355f; --c5: #6c7413;
-  --wait: #b9c3cf; --prefill: #e0a33a; --decode: #3b84cf; --bad: #c62f3b; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #11161c; --card: #19212a; --ink: #e4eaf0; --soft: #98a6b5; --line: #2b3642;
-    --c0: #62aef2; --c1: #f0935a; --c2: #5cc798; --c3: #c590ea; --c4: #f0809f; --c5: #c3cb5e;
-    --wait: #55636f; --prefill: #d9a548; --decode: #4f97dd; --bad: #f2616c; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { margin: 0 0 4px; font-size: 26px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
-h2 { margin: 36px 0 0; font-size: 18px; }
-.run, .explanation, .legend { margin: 2px 0 12px; color: var(--soft); overflow-wrap: anywhere; }
-.run { margin-bottom: 2px; }
-.note { margin: 8px 0 0; padding-left: 10px; border-left: 3px solid var(--prefill); }
-.dot { display: inline-block; width: 10px; height: 10px; margin-right: 8px; border-radius: 50%; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 12px; margin-top: 20px; }
-.figure, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
-.figure strong { display: block; font-size: 20px; font-variant-numeric: tabular-nums; }
-.figure span { color: var(--soft); font-size: 13px; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 14px; }
-.card { margin: 0; }
-.wide { margin-top: 20px; }
-figcaption { font-weight: 600; margin-bottom: 6px; }
-svg { display: block; width: 100%; height: auto; }
-.tick { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-nums; }
-.label { font-size: 12px; fill: var(--soft); }
-.grid { stroke: var(--line); stroke-width: 1; }
-.axis { stroke: var(--soft); stroke-width: 1; }
-.line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.area { fill-opacity: 0.16; stroke-width: 1.3; }
-.promise { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 5 4; }
-.promise-label { font-size: 11px; fill: var(--bad); }
-.wait { fill: var(--wait); background: var(--wait); }
-.prefill { fill: var(--prefill); background: var(--prefill); }
-.decode { fill: var(--decode); background: var(--decode); }
-.late, .failed { fill: var(--bad); background: var(--bad); }
-.late { width: 4px; }
-.key { display: inline-block; width: 12px; height: 12px; margin: 0 6px 0 14px; border-radius: 2px;
-  vertical-align: -1px; }
-.key:first-child { margin-left: 0; }
-.key.late { width: 4px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; margin-top: 10px; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; color: var(--soft); font-weight: 400; }
-table.pairs td { text-align: left; }
-summary { cursor: pointer; font-weight: 600; }
-""" + "".join(
-    f".line.c{i}, .area.c{i} {{ stroke: var(--c{i}); }} .area.c{i} {{ fill: var(--c{i}); }}\n"
-    f".dot.c{i} {{ background: var(--c{i}); }}\n"
-    for i in range(MAX_RUNS)
-)

@@ -91,6 +91,24 @@ def text(parent: Element, x: float, y: float, content: str, kind: str = "tick", 
     SubElement(parent, "text", attributes).text = content
 
 
+def distribution(title: str, lines: Sequence[Sequence[Point]], label: str, promise: float | None = None) -> Element:
+    """Distribution functions of times, each as rising (value, share at or below) points, with the promise if any."""
+    svg = frame(f"cumulative distribution of {title}")
+    values = [value for points in lines for value, _ in points]
+    x = value_scale([*values, *([promise] if promise and values else [])], LEFT, WIDTH - RIGHT)
+    y = Scale(0.0, 1.0, HEIGHT - BOTTOM, TOP)
+    y_axis(svg, y, percent_text, "share")
+    x_axis(svg, x, time_text, label + (" (logarithmic)" if x.log else ""))
+    for index, points in enumerate(lines):
+        if points:
+            steps(svg, points, x, y, f"c{index}")
+    if not values:
+        text(svg, WIDTH / 2, HEIGHT / 2, "no values", "label")
+    if promise:
+        marker(svg, x, promise, f"SLO {time_text(promise)}")
+    return svg
+
+
 def x_axis(svg: Element, scale: Scale, show: Callable[[float], str], label: str, height: int = HEIGHT) -> None:
     base = height - BOTTOM
     for tick in scale.ticks():
