@@ -35,7 +35,9 @@ class Linear:
 
     def estimate(self, batch: Batch) -> StepCost:
         self.asked += 1
-        return StepCost(0.00613 + 2.07e-5 * batch.tokens + 1.9e-8 * batch.full.decode_context + 1e-9 * batch.full.pairs)
+        compute_s, memory_s = 2.07e-5 * batch.tokens + 1e-9 * batch.full.pairs, 1.9e-8 * batch.full.decode_context
+        seconds = 0.00613 + compute_s + memory_s
+        return StepCost(seconds, compute_s, memory_s, overhead_s=0.00613, joules=3 * compute_s + 2 * seconds)
 
     def line(self, batch: Batch, steps: int) -> Line:
         return Line(self.estimate(batch).seconds, 1.9e-8 * batch.full.growing, min(steps, self.longest))
@@ -79,7 +81,7 @@ class Watched:
     async def _run(self, arrivals: Iterable[Arrival], clients: int) -> None:
         size = self.capacity.block_tokens
         self.feed = Feed(iter(arrivals), block_tokens=size, max_new_tokens=50, clients=clients)
-        self.executor = SimulatedExecutor(self.capacity, self.cost, self.feed.lengths)
+        self.executor = SimulatedExecutor(self.capacity, self.cost, self.feed.lengths, spent=self.stats.totals.spent)
         self.scheduler = Scheduler(self.settings, self.capacity, token_budget=self.budget, observer=self)
         engine = Engine("watched", self.scheduler, _Watch(self))
 

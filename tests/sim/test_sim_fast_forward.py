@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +13,9 @@ from headrace.core.config import EngineSettings
 from headrace.core.ports import Capacity
 from headrace.core.types import FinishReason
 from headrace.engine.policy import ADMISSIONS, BATCHES, ORDERINGS
+from headrace.sim.lives import Lives
 from headrace.sim.sketch import Course, Sketch
+from headrace.sim.spent import Spent
 from headrace.sim.stats import Totals
 
 TOLERANCE = 1e-9  # relative: times are summed in another order
@@ -42,6 +44,10 @@ def assert_same_totals(fast: Totals, slow: Totals) -> None:
             assert sums == pytest.approx(value.state()[:-1], rel=TOLERANCE, abs=1e-12), name
             for share in (0.1, 0.5, 0.9, 0.99):
                 assert mine.quantile(share) == pytest.approx(value.quantile(share), rel=0.011), name  # the next bucket
+        elif isinstance(value, Spent):
+            assert astuple(mine) == pytest.approx(astuple(value), rel=TOLERANCE), name
+        elif isinstance(value, Lives):
+            assert [life[4:] for life in mine.kept] == [life[4:] for life in value.kept]
         elif name != "plans" and not isinstance(value, Course):
             assert mine == pytest.approx(value, rel=TOLERANCE), name
 

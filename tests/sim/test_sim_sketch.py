@@ -84,3 +84,13 @@ def test_courses_side_by_side_add_up() -> None:
     fine.merge(coarse)
     assert fine.points() == [(0.0, 4.0), (0.5, 8.0), (1.0, 12.0), (1.5, 16.0)]
     assert Course.of(fine.state()).points() == fine.points()
+
+
+def test_points_are_the_distribution_function() -> None:
+    sketch = Sketch()
+    for value in (3.0, 1.0, 2.0, 2.0):
+        sketch.add(value)
+    points = sketch.points()
+    assert [share for _, share in points] == [0.25, 0.75, 1.0]
+    assert [value for value, _ in points] == pytest.approx([1.0, 2.0, 3.0], rel=0.011)
+    assert Sketch().points() == []

@@ -16,7 +16,8 @@ from headrace.core import clock
 from headrace.core.ports import Capacity
 from headrace.core.step import Run, Sampled, StepPlan, StepResult
 from headrace.core.types import RequestId
-from headrace.sim.cost.batch import CostModel, batch_of_plan
+from headrace.sim.cost.batch import Batch, CostModel, StepCost, batch_of_plan
+from headrace.sim.spent import Spent
 from headrace.workload.arrival import ANSWER_TOKEN, STOP_TOKEN
 
 MOST_STEPS = 1 << 20  # of one plan
@@ -36,7 +37,8 @@ class _Answer:
 
 class SimulatedExecutor:
     """`lengths` holds the output tokens of every request that is admitted. `windows` are the attention windows of the
-    model and `layers` its layers, for work that is restricted to some. Raises RuntimeError on a clock that is real."""
+    model and `layers` its layers, for work that is restricted to some; `spent` hears what steps cost. Raises
+    RuntimeError on a clock that is real."""
 
     def __init__(
         self,
@@ -46,12 +48,16 @@ class SimulatedExecutor:
         *,
         windows: tuple[int, ...] = (),
         layers: int = 0,
+        spent: Spent | None = None,
     ) -> None:
         self._capacity = capacity
         self._cost = cost
         self._lengths = lengths
         self._windows = windows
         self._layers = layers
+        self._spent = spent
+        self._batch = Batch()  # of the plan under way
+        self._price_of_one: StepCost | None = None  # and its price, unless it is a line
         self._answers: dict[RequestId, _Answer] = {}
         self._ends: list[tuple[int, int, _Answer]] = []  # a heap by last beat; entries may be out of date
         self._counter = count()
@@ -80,6 +86,8 @@ class SimulatedExecutor:
             await clock.sleep_until(self._begun_s + self._run.first_s)
         if plan.beat is not None:
             self._beats = self._first_beat + self._run.steps
+        if self._spent is not None:
+            self._account(self._spent, 1 if plan.beat is None else self._beats - plan.beat.number)
         return StepResult(plan.step, self._draw(plan), others_drew=ANSWER_TOKEN, run=self._run)
 
     def interrupt(self) -> Run | None:
@@ -108,14 +116,21 @@ class SimulatedExecutor:
     def _price(self, plan: StepPlan) -> Run:
         """How many repetitions there will be if nobody interrupts, and what each costs."""
         if not plan.others and plan.beat is None:
+            self._price_of_one = StepCost(0.0)
             return Run(1, 0.0)
-        batch = batch_of_plan(plan, self._windows, self._layers)
+        batch = self._batch = batch_of_plan(plan, self._windows, self._layers)
         most = min(plan.steps, self._until_stop() - self._beats + 1) if plan.steps > 1 else 1
         if most <= 1:
-            return Run(1, self._cost.estimate(batch).seconds)
+            self._price_of_one = self._cost.estimate(batch)
+            return Run(1, self._price_of_one.seconds)
+        self._price_of_one = None
         line = self._cost.line(batch, most)
         run = Run(min(line.steps, most), line.first_s, line.slope_s)
         return run._replace(steps=self._steps_before(run, plan.until_s - self._begun_s))
+
+    def _account(self, spent: Spent, steps: int) -> None:
+        """Along a line every term is affine in the number of the step, so the middle one is the mean of all."""
+        spent.add(self._price_of_one or self._cost.estimate(self._batch.advanced((steps - 1) / 2)), steps)
 
     def _until_stop(self) -> int:
         """The beat in which the next answer ends."""

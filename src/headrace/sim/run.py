@@ -101,7 +101,8 @@ class _Replica:
         self.stats = Stats(site.slo)
         self._feed = feed
         self._more = more
-        self._executor = SimulatedExecutor(site.capacity, site.cost, feed.lengths, windows=site.windows)
+        spent = self.stats.totals.spent
+        self._executor = SimulatedExecutor(site.capacity, site.cost, feed.lengths, windows=site.windows, spent=spent)
         scheduler = Scheduler(
             site.settings, site.capacity, token_budget=site.token_budget, observer=self, policies=site.policies
         )

@@ -104,6 +104,15 @@ class Sketch:
         middle = 2 * _GAMMA**bucket / (_GAMMA + 1)
         return min(max(middle, least), greatest)
 
+    def points(self) -> list[tuple[float, float]]:
+        """The distribution function as (value, share of all at or below it), rising."""
+        count, _, least, greatest, buckets = self.state()
+        seen, points = 0, []
+        for bucket in sorted(buckets):
+            seen += buckets[bucket]
+            points.append((min(max(_GAMMA**bucket, least), greatest), seen / count))
+        return points
+
     def _fold(self) -> None:
         if not self._values:
             return

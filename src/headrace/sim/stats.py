@@ -25,7 +25,9 @@ from headrace.core.events import (
 )
 from headrace.core.types import SLO, FinishReason, RequestId
 from headrace.sim.gaps import Gaps
+from headrace.sim.lives import Lives
 from headrace.sim.sketch import Course, Sketch
+from headrace.sim.spent import Spent
 
 COMPLETED = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -61,12 +63,14 @@ class Totals:
     used_blocks: Course = field(default_factory=Course)
     running: Course = field(default_factory=Course)
     waiting: Course = field(default_factory=Course)
+    spent: Spent = field(default_factory=Spent)
+    lives: Lives = field(default_factory=Lives)
 
     def merge(self, other: Totals) -> None:
         """Add what another replica did meanwhile."""
         for one in fields(self):
             mine, theirs = getattr(self, one.name), getattr(other, one.name)
-            if isinstance(mine, Sketch | Course):
+            if isinstance(mine, Sketch | Course | Spent | Lives):
                 mine.merge(theirs)
             elif isinstance(mine, dict):
                 mine |= {key: mine.get(key, 0) + count for key, count in theirs.items()}
@@ -193,6 +197,7 @@ class Stats:
         totals, usage = self.totals, event.usage
         self._note(b"f", event.at_s, event.request_id, event.reason.value)
         totals.finished[event.reason] = totals.finished.get(event.reason, 0) + 1
+        totals.lives.add(event)
         longest_s = self._gaps.finished(event.request_id)
         slo = self._slos.pop(event.request_id, None)
         if event.first_admitted_s is not None:

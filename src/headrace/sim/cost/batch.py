@@ -57,14 +57,15 @@ class Batch(NamedTuple):
     def prefill_tokens(self) -> float:
         return self.tokens - self.decodes
 
-    def advanced(self, steps: int) -> Batch:
-        """The batch after `steps` more decode steps of the same rows, none of which passes its window's edge."""
+    def advanced(self, steps: float) -> Batch:
+        """The batch after `steps` more decode steps of the same rows, none of which passes its window's edge. Half a
+        step is a mean of two."""
         spans = tuple(_advanced(span, steps) for span in self.windowed)
         return self._replace(full=_advanced(self.full, steps), windowed=spans)
 
 
-def _advanced(spans: Spans, steps: int) -> Spans:
-    room = None if spans.room is None else spans.room - steps
+def _advanced(spans: Spans, steps: float) -> Spans:
+    room = None if spans.room is None else int(spans.room - steps)
     return spans._replace(decode_context=spans.decode_context + spans.growing * steps, room=room)
 
 
