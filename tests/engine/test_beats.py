@@ -53,6 +53,7 @@ class BeatsMachine(RuleBasedStateMachine):
         apart = data.draw(st.lists(st.sampled_from(list(self.here)), unique=True, max_size=len(self.here) - 1))
         number, beginners = self.beats.pace.number, self.beats.beginners()
         assert beginners == [one for one in self.beats.members if self.here[one] % self.size == 0]
+        assert self.beats.longest() == max(self.here.values())
         rows, context_tokens = self.beats.beat(apart)
         served = [one for one in self.beats.members if one not in apart]
         assert rows == tuple(Decode(one.id, self.here[one] - number) for one in served)

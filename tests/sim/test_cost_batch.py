@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.core.step import StepPlan, Work
+from headrace.core.step import Beat, Decode, StepPlan, Work
 from headrace.sim.cost.batch import Batch, Line, StepCost, batch_of, batch_of_plan, trace_line
 
 ROWS = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), max_size=8)
@@ -98,3 +98,16 @@ def test_a_traced_line_agrees_with_stepping_around_a_corner(start: int, steps: i
 def test_a_line_stops_where_a_row_fills_its_window() -> None:
     batch = batch_of([(5, 1), (9, 1)], 2, (12,))
     assert Kinked(1e9).line(batch, 100).steps == 3  # contexts 10, 11, 12 of the second row, the third still inside
+
+
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=8), st.integers(1, 20), st.integers(0, 5))
+@settings(max_examples=50, derandomize=True, deadline=None)
+def test_a_beat_folds_as_its_rows_do(starts: list[int], steps: int, chunk: int) -> None:
+    others = (Work("p", 3, chunk + 1, True),)
+    number = 7
+    rows = tuple(Decode(str(at), start - number) for at, start in enumerate(starts))
+    beat = Beat(number, rows, sum(starts), {}, longest_tokens=max(starts))
+    plan = StepPlan(0, others, beat=beat)
+    assert batch_of_plan(plan) == batch_of([*((start, 1) for start in starts), (3, chunk + 1)], len(starts) + 1)
+    decodes = batch_of([(start, 1) for start in starts], len(starts))
+    assert decodes.advanced(steps) == batch_of([(start + steps, 1) for start in starts], len(starts))

@@ -67,6 +67,7 @@ class Beat(NamedTuple):
     context_tokens: int  # the sum of the rows' positions
     new_blocks: Mapping[RequestId, tuple[Block, ...]]  # appended to their block tables before computing
     paused: tuple[RequestId, ...] = ()  # who decodes but not in this beat, for want of a block or because it goes alone
+    longest_tokens: int = 0  # the highest position of all who decode, the paused among them
 
     def work(self) -> list[Work]:
         number, blocks = self.number, self.new_blocks

@@ -30,6 +30,7 @@ class Beats:
         self.pace = Pace()
         self._rows: list[Decode] = []  # of the members
         self._offsets = 0  # their sum
+        self._highest: int | None = None  # of the offsets; None: look
         self._begins: list[set[Progress]] = [set() for _ in range(block_tokens)]  # by offset modulo block
         self._ends: list[tuple[int, int, Progress]] = []  # (beats so far when its length is reached, .., who)
 
@@ -42,6 +43,8 @@ class Beats:
         self.members.insert(at, progress)
         self._rows.insert(at, Decode(progress.id, offset))
         self._offsets += offset
+        if self._highest is not None and offset > self._highest:
+            self._highest = offset
         self._begins[offset % len(self._begins)].add(progress)
         heappush(self._ends, (progress.last_tokens - offset, progress.arrival_number, progress))
 
@@ -51,6 +54,8 @@ class Beats:
         del self.members[at]
         offset = self._rows.pop(at).offset
         self._offsets -= offset
+        if offset == self._highest:
+            self._highest = None
         self._begins[offset % len(self._begins)].discard(progress)
         progress.leave()
 
@@ -77,6 +82,12 @@ class Beats:
         for progress in apart:
             self.add(progress)
         return rows, context_tokens
+
+    def longest(self) -> int:
+        """The highest position in the next beat. Looks through the rows when the one that was longest has left."""
+        if self._highest is None:
+            self._highest = max((row.offset for row in self._rows), default=-self.pace.number)
+        return self._highest + self.pace.number if self._rows else 0
 
     def again(self) -> None:
         """The same beat once more."""
@@ -117,6 +128,7 @@ class Beats:
         assert self._rows == [Decode(one.id, one.offset) for one in self.members], "a row does not show its request"
         assert all(one.pace is self.pace for one in self.members), "a request decodes at another pace"
         assert self._offsets == sum(one.offset for one in self.members)
+        assert self._highest is None or self._highest == max(one.offset for one in self.members)
         for phase, begins in enumerate(self._begins):
             assert begins == {one for one in self.members if one.offset % size == phase}, "a block begins unseen"
         ends = [end for end in self._ends if self._counts(end)]

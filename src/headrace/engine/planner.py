@@ -213,10 +213,11 @@ class Planner:
         if len(apart) == len(decoding):
             return 0
         step.members = tuple(one for one in decoding.members if one not in apart) if apart else tuple(decoding.members)
+        longest = decoding.longest()
         rows, context_tokens = decoding.beat(apart)
         ids = tuple(progress.id for progress in apart)
         begun = {progress.id: (block,) for progress, block in zip(begin, taken, strict=True)}
-        step.beat = Beat(decoding.pace.number - 1, rows, context_tokens, begun, ids)
+        step.beat = Beat(decoding.pace.number - 1, rows, context_tokens, begun, ids, longest)
         step.tokens += len(rows)
         return len(rows)
 

@@ -40,7 +40,7 @@ class Spans(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One step as sums over its rows. All fields are additive over rows but `room` of the spans.
+    """One step as sums over its rows. All fields are additive over rows but `longest` and `room` of the spans.
 
     `windowed` has one entry per distinct finite attention window of the model, smallest first.
     """
@@ -52,6 +52,7 @@ class Batch(NamedTuple):
     prefill_reach: float = 0  # sum of tokens * (start + tokens) over the other rows: pairs without the causal mask
     full: Spans = Spans()
     windowed: tuple[Spans, ...] = ()
+    longest: float = 0  # keys of the decode row that reads most
 
     @property
     def prefill_tokens(self) -> float:
@@ -61,7 +62,8 @@ class Batch(NamedTuple):
         """The batch after `steps` more decode steps of the same rows, none of which passes its window's edge. Half a
         step is a mean of two."""
         spans = tuple(_advanced(span, steps) for span in self.windowed)
-        return self._replace(full=_advanced(self.full, steps), windowed=spans)
+        longest = self.longest + steps if self.longest else 0
+        return self._replace(full=_advanced(self.full, steps), windowed=spans, longest=longest)
 
 
 def _advanced(spans: Spans, steps: float) -> Spans:
@@ -79,7 +81,7 @@ Row = tuple[int, int]  # (start, tokens): tokens in the KV already, tokens to co
 
 def batch_of(rows: Iterable[Row], sampled: int, windows: tuple[int, ...] = ()) -> Batch:
     """Fold (start, tokens) rows into sums. O(rows x windows)."""
-    count = tokens = decodes = pairs = prefill = decode = reach = 0
+    count = tokens = decodes = pairs = prefill = decode = reach = longest = 0
     listed = list(rows)
     for start, new in listed:
         count += 1
@@ -87,13 +89,14 @@ def batch_of(rows: Iterable[Row], sampled: int, windows: tuple[int, ...] = ()) -
         if new == 1:
             decodes += 1
             decode += start + 1
+            longest = max(longest, start + 1)
         else:
             pairs += new * start + new * (new + 1) // 2
             prefill += start + new
             reach += new * (start + new)
     full = Spans(pairs, prefill, decode, growing=decodes)
     windowed = tuple(_windowed(listed, window) for window in windows)
-    return Batch(count, tokens, sampled, decodes, reach, full, windowed)
+    return Batch(count, tokens, sampled, decodes, reach, full, windowed, longest)
 
 
 def _windowed(rows: list[Row], window: int) -> Spans:
@@ -127,6 +130,7 @@ def batch_of_plan(plan: StepPlan, windows: tuple[int, ...] = (), layers: int = 0
         decodes=others.decodes + rows,
         prefill_reach=others.prefill_reach,
         full=Spans(full.pairs, full.prefill_context, full.decode_context + context, full.growing + rows),
+        longest=max(others.longest, plan.beat.longest_tokens + 1),
     )
 
 
@@ -153,6 +157,7 @@ def _plus(batch: Batch, part: Batch, share: float) -> Batch:
         prefill_reach=batch.prefill_reach + share * part.prefill_reach,
         full=_plus_spans(batch.full, part.full, share),
         windowed=tuple(_plus_spans(a, b, share) for a, b in zip(batch.windowed, part.windowed, strict=True)),
+        longest=max(batch.longest, part.longest),
     )
 
 
