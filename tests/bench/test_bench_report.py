@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from headrace.bench.client import Failure
 from headrace.bench.metrics import Record
 from headrace.bench.page import page
-from headrace.bench.report import BadReport, Report, compare, from_json, read_json, save, short, table
+from headrace.bench.report import BadReport, Report, compare, from_json, read_json, save, table
 from headrace.bench.settings import BenchSettings
+from headrace.draw.text import short
 
 EVIL = "<script>alert(1)</script>&amp;\"'"
 

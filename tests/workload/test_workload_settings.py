@@ -38,9 +38,9 @@ def times(arrivals: list[Arrival]) -> list[float | None]:
     return [arrival.at_s for arrival in arrivals]
 
 
-def test_a_thousand_chats_come_by_default() -> None:
+def test_five_thousand_chats_come_by_default() -> None:
     got = describe(made())
-    assert got.requests == 1000
+    assert got.requests == 5000
     assert got.rate == pytest.approx(1.0, rel=0.1)
     assert got.prompt.mean == pytest.approx(257, rel=0.25)
     assert got.shared_fraction == 0.0

@@ -18,12 +18,11 @@ from headrace.bench.report import (
     headline,
     notes,
     number,
-    short,
-    with_ratio,
 )
 from headrace.draw import plot
 from headrace.draw.page import MAX_RUNS, card, document, figures, section, table, text_of
 from headrace.draw.plot import BOTTOM, LEFT, RIGHT, TOP, WIDE, Scale
+from headrace.draw.text import short, with_ratio
 
 Named = Sequence[tuple[str, Report]]
 

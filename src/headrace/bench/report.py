@@ -27,6 +27,7 @@ from headrace.bench.client import Failure
 from headrace.bench.metrics import METRICS, Record, Spread, Summary, summarise
 from headrace.bench.settings import parse_slo
 from headrace.core.types import HeadraceError
+from headrace.draw.text import aligned, short, with_ratio
 
 SCHEMA = 1
 LABELS: Mapping[str, str] = {
@@ -174,8 +175,8 @@ def table(report: Report) -> str:
     summary = report.summary()
     lines = [f"{report.model} at {report.settings['url']}" + (f" ({report.server})" if report.server else "")]
     lines += [describe(report), ""]
-    lines += _aligned([(f"  {name}", text) for name, text in headline(report, summary)], "<<")
-    lines += ["", *_aligned(_latency_rows(summary, report.open_loop), "<>>>>>"), ""]
+    lines += aligned([(f"  {name}", text) for name, text in headline(report, summary)], "<<")
+    lines += ["", *aligned(_latency_rows(summary, report.open_loop), "<>>>>>"), ""]
     lines += [f"  {count} x {kind}: {_example(report, kind)}" for kind, count in summary.failures.items()]
     lines += [f"  note: {note}" for note in notes(report, summary)]
     return "\n".join(lines).rstrip() + "\n"
@@ -216,7 +217,7 @@ def compare(named: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         values = [number(value.get(key)) for _, value in named]
         if any(value is not None for value in values):
             rows.append((label, *(with_ratio(value, values[0], i == 0) for i, value in enumerate(values))))
-    return "\n".join(_aligned(rows, "<" + ">" * len(named))) + "\n"
+    return "\n".join(aligned(rows, "<" + ">" * len(named))) + "\n"
 
 
 def compared_keys() -> list[tuple[str, str]]:
@@ -235,20 +236,6 @@ def compared_keys() -> list[tuple[str, str]]:
         name = "e2el" if metric == "e2e" else metric
         rows += [(f"{LABELS[metric]} {stat} ms", f"{stat}_{name}_ms") for stat in ("mean", "median", "p90", "p99")]
     return rows
-
-
-def with_ratio(value: float | None, first: float | None, is_first: bool) -> str:
-    """'120 (1.50x)'."""
-    if value is None:
-        return "-"
-    return short(value) if is_first or not first else f"{short(value)} ({value / first:.2f}x)"
-
-
-def short(value: float) -> str:
-    """A number in about four digits: 0.01234, 1.234, 123.4, 12,345."""
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def number(value: Any) -> float | None:
@@ -282,11 +269,6 @@ def _latency_rows(summary: Summary, with_lag: bool) -> list[tuple[str, ...]]:
         cells = [_cell(_ms(values, field)) for field in ("mean", "p50", "p90", "p99", "max")]
         rows.append((f"  {LABELS[metric]}", *cells))
     return rows
-
-
-def _aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:{s}{w}}" for cell, s, w in zip(row, sides, widths, strict=True)).rstrip() for row in rows]
 
 
 def _cell(value: float | None) -> str:

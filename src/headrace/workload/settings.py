@@ -34,7 +34,7 @@ from headrace.workload.times import Closed, Times, parse_arrivals
 from headrace.workload.traces import read_trace
 
 MAX_REQUESTS = 10_000_000
-_DEFAULT_REQUESTS = 1000
+_DEFAULT_REQUESTS = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class WorkloadSettings:
     max_new_tokens: int | None = setting(None, "what clients allow; answers are cut there")
     max_context: int = setting(131_072, "tokens beyond which a conversation is not continued")
     requests: int | None = setting(
-        None, "how many requests; by default 1000, with --trace all, with --seconds no limit"
+        None, "how many requests; by default 5000, with --trace all, with --seconds no limit"
     )
     seconds: float | None = setting(None, "only requests that come in the first so many seconds after --skip")
     skip: float = setting(0.0, "leave out the first so many seconds")

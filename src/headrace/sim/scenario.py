@@ -1,0 +1,246 @@
+"""A question for the simulator in settings, and what is simulated for it: model and hardware from the catalogue (or a
+calibration) become a `Site`, traffic settings become arrivals. Values only; runs nothing.
+
+A scenario is plain data, so it goes to other processes and machines as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.core.config import BadSetting, EngineSettings, setting
+from headrace.core.ports import Capacity
+from headrace.core.shape import BF16, FP32, KV_BF16, KVFormat, ModelShape, WeightFormat
+from headrace.engine import policy
+from headrace.sim.cost.analytic import Analytic
+from headrace.sim.cost.batch import CostModel, batch_of, windows_of
+from headrace.sim.cost.conventions import CONVENTIONS, HEADRACE, Convention
+from headrace.sim.cost.placement import BadPlacement, Formats, Parallel, Placement
+from headrace.sim.executor import MOST_STEPS
+from headrace.sim.hardware import Topology, device, link
+from headrace.sim.hfconfig import from_hf
+from headrace.sim.models import model
+from headrace.sim.run import Dispatch, Site, least_tokens, round_robin
+from headrace.workload import streams
+from headrace.workload.arrival import Arrival
+from headrace.workload.settings import WorkloadSettings, mixture, parse_slo
+
+LEAST_STEP_TOKENS = 128  # as `headrace serve` has it
+MOST_CONFIG_BYTES = 1 << 20
+WEIGHTS: Mapping[str, tuple[WeightFormat, int]] = {  # and the bits of the activations that meet them
+    "bf16": (BF16, 16),
+    "fp32": (FP32, 32),
+    "fp8": (WeightFormat("fp8", 8), 8),
+    "int8": (WeightFormat("int8", 8), 8),
+    "int4": (WeightFormat("int4", 4, 128, 20), 16),  # weight-only: a 16-bit scale and a 4-bit zero point a group
+}
+KVS: Mapping[str, KVFormat] = {
+    "bf16": KV_BF16,
+    "fp32": KVFormat("fp32", 32),
+    "fp8": KVFormat("fp8", 8),
+    "int8": KVFormat("int8", 8),
+    "int4": KVFormat("int4", 4),
+}
+DISPATCHES: Mapping[str, Dispatch] = {"round-robin": round_robin, "least-tokens": least_tokens}
+
+
+@dataclass(frozen=True, slots=True)
+class SimulateSettings:
+    """What the traffic meets."""
+
+    model: str = setting("llama-3.1-8b", "a name of the catalogue (--list models), or a config.json of Hugging Face")
+    hardware: str = setting(
+        "H100-SXM", "devices of one replica (--list devices): NAME, 4xNAME, or 2x8xNAME@LINK for two nodes of eight"
+    )
+    replicas: int = setting(1, "how many of these")
+    dispatch: str = setting("round-robin", "which replica a request goes to", tuple(DISPATCHES))
+    tensor: int | None = setting(None, "devices that share every layer; by default all of a stage")
+    pipeline: int = setting(1, "stages, each with its share of the layers")
+    attention_copies: int = setting(1, "copies of the attention within a stage, each for its own requests")
+    spread_experts: bool = setting(False, "experts lie whole on one device each, instead of in slices on all")
+    weights: str = setting("bf16", "format of the weights; fp8 and int8 multiply in 8 bits", tuple(WEIGHTS))
+    kv: str = setting("bf16", "format of keys and values", tuple(KVS))
+    memory_use: float = setting(0.9, "share of a device's memory for weights and KV")
+    compute_share: float = setting(0.7, "share of the peak FLOP/s that kernels reach")
+    bandwidth_share: float = setting(0.85, "share of the memory bandwidth that kernels reach")
+    network_share: float = setting(0.8, "share of the links' bandwidth that collectives reach")
+    host_ms: float = setting(0.5, "what the host adds to every step")
+    convention: str = setting("headrace", "what is counted, and how; see docs/simulator.md", tuple(CONVENTIONS))
+    calibration: Path | None = setting(None, "price steps by this file of `headrace calibrate`, and not by catalogue")
+    attain: float = setting(0.99, "share of the requests that must keep every promise of --slo; 0.99 is their p99")
+    fast_forward: bool = setting(True, "many decode steps at once, with the same results")
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "replicas": (1, 10_000),
+            "pipeline": (1, 1024),
+            "tensor": (1, 1024),
+            "attention_copies": (1, 1024),
+            "memory_use": (0.01, 1.0),
+            "compute_share": (0.001, 1.0),
+            "bandwidth_share": (0.001, 1.0),
+            "network_share": (0.001, 1.0),
+            "host_ms": (0.0, 10_000.0),
+            "attain": (0.0, 1.0),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # NaN fails too
+                raise BadSetting(f"--{name.replace('_', '-')} is {value}; it must be between {low:g} and {high:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One question: who is asked, how it schedules, what comes, and how many times faster than the settings say."""
+
+    simulate: SimulateSettings = field(default_factory=SimulateSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    traffic: tuple[WorkloadSettings, ...] = (WorkloadSettings(),)
+    speed: float = 1.0
+
+    def arrivals(self) -> Iterator[Arrival]:
+        """A fresh stream, the same every time. Raises BadSetting and, while it is read, BadTrace."""
+        stream = mixture(self.traffic)
+        return stream if self.speed == 1.0 else streams.faster(stream, self.speed)
+
+    @property
+    def clients(self) -> int:
+        return self.traffic[0].clients or 1
+
+    @property
+    def dispatch(self) -> Dispatch:
+        return DISPATCHES[self.simulate.dispatch]
+
+    def site(self) -> Site:
+        """Raises UnknownName, UnreadableConfig, BadPlacement, BadSetting, BadCalibration."""
+        return _catalogued(self)
+
+    def to_json(self) -> bytes:
+        return msgspec.json.encode(self, enc_hook=str)
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Scenario:
+        return msgspec.json.decode(text, type=cls, dec_hook=lambda kind, value: kind(value))
+
+    def rate(self) -> float:
+        """Requests per second of the traffic as it is, from the first arrival to the last. Raises BadSetting."""
+        first = last = None
+        count = 0
+        for arrival in self.arrivals():
+            if arrival.at_s is None:
+                raise BadSetting("a closed loop has no rate; give --arrivals with one, such as poisson:6")
+            first = arrival.at_s if first is None else first
+            last = arrival.at_s
+            count += 1
+        if first is None or last is None or last <= first:
+            raise BadSetting("the traffic has no rate: it needs at least two requests at different times")
+        return (count - 1) / (last - first)
+
+    def faster(self, factor: float) -> Scenario:
+        """The same requests so many times faster; the pauses of clients between turns shrink alike."""
+        return replace(self, speed=self.speed * factor)
+
+
+def placement(settings: SimulateSettings) -> Placement:
+    """Where the model of the settings lies."""
+    topology = parse_hardware(settings.hardware)
+    if topology.devices % settings.pipeline:
+        raise BadPlacement(f"{settings.pipeline} stages do not share {topology.devices} devices evenly.")
+    parallel = Parallel(
+        settings.tensor or topology.devices // settings.pipeline,
+        settings.pipeline,
+        settings.attention_copies,
+        settings.spread_experts,
+    )
+    weights, activation_bits = WEIGHTS[settings.weights]
+    formats = Formats(weights, KVS[settings.kv], activation_bits)
+    return Placement(shape_of(settings.model), topology, parallel, formats)
+
+
+def convention(settings: SimulateSettings) -> Convention:
+    """Ours with the shares that are set; those of other tools count as they count."""
+    chosen = CONVENTIONS[settings.convention]
+    if chosen is not HEADRACE:
+        return chosen
+    return replace(
+        chosen,
+        compute_share=settings.compute_share,
+        memory_share=settings.bandwidth_share,
+        network_share=settings.network_share,
+    )
+
+
+def shape_of(name: str) -> ModelShape:
+    """Of the catalogue, or of a config.json. Raises UnknownName or UnreadableConfig."""
+    path = Path(name)
+    if path.suffix != ".json" and not path.is_dir():
+        return model(name)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        if path.stat().st_size > MOST_CONFIG_BYTES:
+            raise BadSetting(f"{path} is too large to be a model's config.json")
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadSetting(f"cannot read {path}: {error}") from error
+    return from_hf(content)
+
+
+_HARDWARE = re.compile(r"(?:(\d{1,4})x)??(?:(\d{1,4})x)?([^@]+?)(?:@([^@]+))?")
+
+
+def parse_hardware(text: str) -> Topology:
+    """'H100-SXM', '4xH100-SXM' or '2x8xH100-SXM@ib-ndr'. Raises BadSetting and UnknownName."""
+    match = _HARDWARE.fullmatch(text.strip())
+    if not match:
+        raise BadSetting(f"hardware {text!r} is not NAME, 4xNAME or 2x8xNAME@LINK")
+    nodes, devices, name, uplink = match.groups()
+    if int(nodes or 1) > 1 and uplink is None:
+        raise BadSetting(f"hardware {text!r} has several nodes; say what joins them, such as @ib-ndr (--list links)")
+    return Topology(device(name), int(devices or 1), int(nodes or 1), link(uplink) if uplink else None)
+
+
+def _catalogued(scenario: Scenario) -> Site:
+    settings, engine = scenario.simulate, scenario.engine
+    where = placement(settings)
+    tokens = where.kv_tokens(settings.memory_use)
+    blocks = tokens // engine.block_tokens
+    if blocks < 1:
+        raise BadPlacement(_too_small(where, settings))
+    cost = Analytic(where, convention(settings), host_s=settings.host_ms / 1000)
+    shape = where.shape
+    steps = MOST_STEPS if settings.fast_forward else 1
+    context = min(shape.max_context_tokens, blocks * engine.block_tokens)
+    return Site(
+        engine,
+        Capacity(blocks, engine.block_tokens, context, shape.vocab, steps),
+        cost,
+        token_budget=step_tokens(engine, cost, windows_of(shape)),
+        replicas=settings.replicas,
+        windows=windows_of(shape),
+        slo=parse_slo(scenario.traffic[0].slo),
+    )
+
+
+def step_tokens(engine: EngineSettings, cost: CostModel, windows: tuple[int, ...]) -> int:
+    """Tokens a step may compute: as asked, or what the price of a step allows within the inter-token target."""
+    if engine.token_budget is not None:
+        return engine.token_budget
+    few, many = (cost.estimate(batch_of([(0, tokens)], 1, windows)).seconds for tokens in (2, 2048))
+    per_token_s = (many - few) / 2046
+    target_s = engine.inter_token_ms / 1000
+    return policy.token_budget(target_s, few - 2 * per_token_s, per_token_s, floor=LEAST_STEP_TOKENS)
+
+
+def _too_small(where: Placement, settings: SimulateSettings) -> str:
+    needed, there = where.weight_bytes / 1e9, settings.memory_use * where.device.memory_bytes / 1e9
+    return (
+        f"{settings.model} in {settings.weights} does not fit on {settings.hardware}: its weights take {needed:.1f} GB "
+        f"of every device, and {there:.1f} GB may be used; take more devices, --weights fp8 or int4, or larger ones."
+    )

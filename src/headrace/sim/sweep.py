@@ -1,0 +1,132 @@
+"""Answers to scenarios, one or many at once, and the highest load that keeps the promises.
+
+A sweep keeps the requests and changes only how fast they come, so two loads differ in nothing else, and the answer is
+monotone but for the noise of the tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from headrace.core.config import BadSetting
+from headrace.core.types import FinishReason
+from headrace.sim.apart import simulate_apart
+from headrace.sim.feed import NotApart
+from headrace.sim.run import Report, round_robin, simulate
+from headrace.sim.scenario import Scenario
+from headrace.sim.stats import Totals
+from headrace.sim.workers import Each
+
+PRECISION = 0.01  # relative width of the interval at which a bisection ends
+
+
+def answer(scenario: Scenario, processes: int = 1) -> Report:
+    """Simulate it; the result does not depend on the number of processes. Raises what the scenario raises."""
+    site, seed = scenario.site(), scenario.traffic[0].seed
+    if min(processes, site.replicas) > 1 and scenario.dispatch is round_robin and scenario.traffic[0].clients is None:
+        try:
+            return simulate_apart(scenario.arrivals, site, processes=processes, seed=seed)
+        except NotApart:
+            pass  # conversations tie the replicas together
+    return simulate(scenario.arrivals(), site, dispatch=scenario.dispatch, clients=scenario.clients, seed=seed)
+
+
+def answered(question: bytes) -> bytes:
+    """As `answer`, from bytes to bytes, for another process."""
+    report = answer(Scenario.from_json(question))
+    return msgspec.msgpack.encode(report, enc_hook=lambda kept: kept.state())
+
+
+def answers(
+    scenarios: Sequence[Scenario], each: Each, heard: Callable[[int, Report], None] = lambda at, report: None
+) -> list[Report]:
+    """One report per scenario; `heard` is called with each as it comes. Raises WorkerFailed."""
+    reports: dict[int, Report] = {}
+    for at, encoded in each(answered, [scenario.to_json() for scenario in scenarios]):
+        reports[at] = msgspec.msgpack.decode(encoded, type=Report, dec_hook=lambda kind, state: kind.of(state))
+        heard(at, reports[at])
+    return [reports[at] for at in range(len(scenarios))]
+
+
+def attained(totals: Totals) -> float | None:
+    """Of the requests that had an SLO, the share that kept it. Who went away by himself does not count; who was
+    refused or came too late does. None if nobody had one."""
+    gone = totals.finished.get(FinishReason.ABORT, 0)
+    asked = totals.promised + totals.rejected - gone
+    return totals.good / asked if totals.promised and asked > 0 else None
+
+
+def holds(scenario: Scenario, report: Report) -> bool:
+    share = attained(report.totals)
+    return share is not None and share >= scenario.simulate.attain
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One load that was tried."""
+
+    rate: float  # requests per second
+    report: Report
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a sweep found, in the order of the rates."""
+
+    points: tuple[Point, ...]
+    highest: Point | None  # the highest load found to keep the promises, below all that were found not to
+
+
+def highest(
+    scenario: Scenario,
+    low: float,
+    high: float,
+    each: Each,
+    at_once: int = 1,
+    heard: Callable[[Point], None] = lambda point: None,
+) -> Sweep:
+    """The highest rate in [low, high] that keeps the promises, to PRECISION. Every round tries `at_once` rates that
+    cut the interval evenly. Raises BadSetting for an interval that is none, or traffic without an SLO."""
+    if not 0 < low < high:
+        raise BadSetting(f"--sweep rate={low:g}:{high:g} is not LOW:HIGH with 0 < LOW < HIGH")
+    if not any(part.slo for part in scenario.traffic):
+        raise BadSetting("a sweep looks for the highest load that keeps the promises; say which with --slo ttft=1.0")
+    points: list[Point] = []
+
+    def attempt(rates: Sequence[float]) -> tuple[Point, ...]:
+        tried = curve(scenario, rates, each, heard)
+        points.extend(tried)
+        return tried
+
+    first, last = attempt([low, high])
+    if not first.holds or last.holds:
+        return Sweep((first, last), last if last.holds else None)
+    while high - low > PRECISION * high:
+        width = (high - low) / (at_once + 1)
+        tried = attempt([low + width * (part + 1) for part in range(at_once)])
+        high = next((point.rate for point in tried if not point.holds), high)
+        low = max([low, *(point.rate for point in tried if point.holds and point.rate < high)])
+    points.sort(key=lambda point: point.rate)
+    return Sweep(tuple(points), next(point for point in points if point.rate == low))
+
+
+def curve(
+    scenario: Scenario,
+    rates: Sequence[float],
+    each: Each,
+    heard: Callable[[Point], None] = lambda point: None,
+) -> tuple[Point, ...]:
+    """The same requests at each of these rates."""
+    natural = scenario.rate()
+    points: dict[float, Point] = {}
+
+    def hear(at: int, report: Report) -> None:
+        points[rates[at]] = Point(rates[at], report, holds(scenario, report))
+        heard(points[rates[at]])
+
+    answers([scenario.faster(rate / natural) for rate in rates], each, hear)
+    return tuple(points[rate] for rate in rates)
