@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Generator
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from headrace.core.ports import Capacity, Service
 from headrace.core.step import StepPlan, StepResult
 from headrace.core.types import FinishReason, InvalidRequest, Output, Overloaded, Request, Unavailable
 from headrace.engine.loop import FAILURES_IN_A_ROW, Engine
-from headrace.engine.policy import RequestView, choose
+from headrace.engine.policy import BatchView, Share, choose, chunked
 from headrace.engine.scheduler import Scheduler
 
 T = TypeVar("T")
@@ -341,21 +341,22 @@ def test_an_executor_that_never_waits_does_not_keep_the_loop_to_itself() -> None
 
 
 def test_a_policy_that_breaks_ends_the_replica_and_says_so() -> None:
-    def broken(request: RequestView, now: float) -> float:
-        return 1 / 0 if now > 0.02 else 0.0
+    def broken(batch: BatchView) -> Generator[Share, int, None]:
+        assert batch.now <= 0.02, "on purpose"
+        return chunked(batch)
 
-    policies = replace(choose(EngineSettings()), ordering=broken)
+    policies = replace(choose(EngineSettings()), batch=broken)
     scheduler = Scheduler(EngineSettings(), CAPACITY, token_budget=32, observer=Recorder(), policies=policies)
     engine = Engine("model", scheduler, NullExecutor(CAPACITY))
 
     async def main() -> list[Output]:
         serving = asyncio.create_task(engine.run())
         outputs = [output async for output in engine.generate(make_request("a", range(8), 50))]
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(AssertionError, match="on purpose"):
             await serving
         return outputs
 
     outputs = clock.run(main(), virtual=True)
-    assert (outputs[-1].error or "").startswith("the replica stopped: ZeroDivisionError")
+    assert (outputs[-1].error or "").startswith("the replica stopped: AssertionError")
     assert outputs[-1].finish is FinishReason.ERROR
     assert scheduler.live == 0

@@ -42,6 +42,7 @@ class View:
     held_blocks: int = 0
     cached_blocks: int = 0
     queued_s: float = 0.0
+    running: bool = False
     preemptions: int = 0
 
 
@@ -114,7 +115,10 @@ def test_prefill_first_decodes_only_when_no_prompt_may_start() -> None:
 
 def test_last_arrived_yields() -> None:
     behind = [arriving(1.0), arriving(2.0)]
-    assert last_arrived(behind, arriving(0.0)) is behind[1]
+    needy = arriving(0.0)
+    assert last_arrived(behind, needy) is None
+    needy.running = True
+    assert last_arrived(behind, needy) is behind[1]
 
 
 @settings(derandomize=True, deadline=None)

@@ -12,7 +12,7 @@ from headrace.core.ports import Observer
 from headrace.core.step import Admitted, Beat, Block, Run, Work
 from headrace.core.types import BlockKey
 from headrace.engine.memory import Memory
-from headrace.engine.policy import REPEATABLE, SETTLED, BatchView, Policies, PoolView, Share
+from headrace.engine.policy import BatchView, Policies, PoolView, Share
 from headrace.engine.progress import Progress, State
 from headrace.engine.queue import Bounds, Lines
 
@@ -34,6 +34,7 @@ class Step:
     fresh: list[BlockKey] = field(default_factory=list)  # named in this step: true only if it succeeds
     tokens: int = 0
     preempted: bool = False
+    favoured: Progress | None = None  # waits, and others yielded so that it can start
     steps: int = 1  # how often the beat may be repeated
     left: list[Progress] = field(default_factory=list)  # in flight: whatever they draw is nobody's
 
@@ -71,6 +72,8 @@ class Planner:
         ordering is not stuck twice in a row, and somebody is served."""
         if self._first_is_stuck:
             self._serve_first(step)
+        elif self._startable and not self._policies.patient:
+            self._clear_the_way(step)
         lines = self._lines
         prefilling, waiting = tuple(lines.prefilling.members), tuple(lines.waiting.members)
         wishes = self._policies.batch(BatchView(step.now, step.token_budget, step.decoding, prefilling, waiting))
@@ -85,6 +88,19 @@ class Planner:
             self._serve_first(step)
         step.steps = self._repetitions(step, most_steps)
         assert not step.empty, "nobody was served although somebody is here"
+
+    def order_matters(self) -> bool:
+        """Whether anything in the next step depends on who is next: somebody could start, catches up, or has to yield.
+        Where nothing does, requests are not sorted anew."""
+        lines, free = self._lines, self._memory.pool.free
+        quiet = self._policies.repeatable(startable=False) and not lines.prefilling.members and not self._first_is_stuck
+        return not quiet or self._startable or len(lines.decoding.beginners()) > free
+
+    @property
+    def _startable(self) -> bool:
+        """Whether somebody waits and there is a place, or somebody might leave one."""
+        lines = self._lines
+        return bool(lines.waiting.members) and (lines.running_count < self._max_running or not self._policies.patient)
 
     def _serve_first(self, step: Step) -> None:
         self._first_is_stuck = False
@@ -138,22 +154,27 @@ class Planner:
     def _may_start(self, progress: Progress, hits: Sequence[Block], own: int, step: Step) -> bool:
         """Whether a waiting request is admitted now. Nobody takes what a request preempted in this step gave back, and
         an empty replica takes the first whatever the policy says."""
-        if step.preempted:
+        if step.preempted and progress is not step.favoured:
             return False
-        if not self._lines.running_count:
+        return self._fits(progress, hits, own, ())
+
+    def _fits(self, progress: Progress, hits: Sequence[Block], own: int, without: Sequence[Progress]) -> bool:
+        """Whether a waiting request may start beside the running ones, if those in `without` yielded."""
+        running = self._lines.running_count - len(without)
+        if not running:
             return True
-        if self._lines.running_count >= self._max_running:
+        if running >= self._max_running:
             return False
         adopted = self._memory.cost(hits)
-        pool = self._pool_view()
+        pool = self._pool_view(without, hits)
         if adopted + own > pool.free_blocks:
             return False
         progress.cached_blocks = len(hits) - adopted
         return self._policies.admission(progress, pool)
 
-    def _pool_view(self) -> PoolView:
+    def _pool_view(self, without: Sequence[Progress], hits: Sequence[Block]) -> PoolView:
         blocks_for, prefilling = self._memory.blocks_for, self._lines.prefilling.members
-        return PoolView(
+        view = PoolView(
             total_blocks=self._memory.pool.blocks,
             free_blocks=self._memory.pool.free,
             block_tokens=self._block_tokens,
@@ -161,6 +182,36 @@ class Planner:
             reserved_blocks=self._lines.reserved_blocks,
             running=self._lines.decoding.members + prefilling,
         )
+        if not without:
+            return view
+        kept = set(hits)
+        blocks = (block for one in without for block in one.blocks if block not in kept)
+        pending = (blocks_for(one.known_tokens) - len(one.blocks) for one in without if one in prefilling)
+        return view._replace(
+            free_blocks=view.free_blocks + self._memory.pool.only(blocks),
+            promised_blocks=view.promised_blocks - sum(pending),
+            reserved_blocks=view.reserved_blocks - sum(one.longest_blocks for one in without),
+            running=[one for one in view.running if one not in without],
+        )
+
+    def _clear_the_way(self, step: Step) -> None:
+        """If the first that waits may not start, those whom the preemption policy names yield to it, provided that it
+        may start then. One in a step."""
+        first = self._lines.waiting.members[0]
+        hits, running = self._memory.match(first), self._lines.running()
+        behind = [other for other in running if other.order > first.order]
+        victims: list[Progress] = []
+        while not self._fits(first, hits, 1, victims):
+            chosen = self._policies.preemption(behind, first) if behind else None
+            victim = next((other for other in behind if other is chosen), None)
+            if victim is None:
+                return
+            behind.remove(victim)
+            victims.append(victim)
+        for victim in victims:
+            step.preempted, step.favoured = True, first
+            self._yield(victim, step, "a request that waits")
+        step.decoding = tuple(self._lines.decoding.members)
 
     def _admit(self, progress: Progress, step: Step) -> None:
         """From here on the executor knows the request; its blocks so far all come from the cache."""
@@ -241,11 +292,11 @@ class Planner:
     def _repetitions(self, step: Step, most: int) -> int:
         """How often the same step may follow itself: as long as the policies would say the same, memory lasts without
         anybody yielding, and nobody reaches its length."""
-        policies, lines = self._policies, self._lines
+        lines = self._lines
         unsettled = step.others or step.preempted or step.beat is None or step.beat.paused or lines.prefilling.members
-        if most == 1 or unsettled or self._first_is_stuck or policies.ordering not in SETTLED:
+        if most == 1 or unsettled or self._first_is_stuck:
             return 1
-        if not {policies.batch, policies.admission} <= REPEATABLE:
+        if not self._policies.repeatable(startable=self._startable):
             return 1
         more = min(most - 1, lines.decoding.until_end() or 0)
         return 1 + lines.decoding.affordable(self._memory.pool.free, more)
@@ -279,10 +330,13 @@ class Planner:
                 return False
             chosen = self._policies.preemption(behind, progress)
             victim = next((other for other in behind if other is chosen), behind[-1])
-            victim.served_step = step.number
             step.preempted = True
-            self.preempt(victim, step.now, "memory")
+            self._yield(victim, step, "memory")
         return True
+
+    def _yield(self, victim: Progress, step: Step, reason: str) -> None:
+        victim.served_step = step.number
+        self.preempt(victim, step.now, reason)
 
     def preempt(self, progress: Progress, now: float, reason: str) -> None:
         """Back to waiting, to its old place in the ordering; its blocks stay cached as long as nobody needs them."""

@@ -37,6 +37,11 @@ class Pool:
     def held(self, block: Block) -> bool:
         return self._references[block] > 0
 
+    def only(self, blocks: Iterable[Block]) -> int:
+        """How many of these have one holder."""
+        references = self._references
+        return sum(references[block] == 1 for block in blocks)
+
     def allocate(self) -> Block:
         """A block of its own for the caller, content undefined. Ask `free` first; raises IndexError when it is 0."""
         if self._free:

@@ -9,7 +9,7 @@ in the ordering if need be: the first in the ordering can always go on, so every
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 
 from headrace.core import events
@@ -29,7 +29,7 @@ from headrace.core.types import (
 from headrace.engine.beats import by_order
 from headrace.engine.memory import Memory
 from headrace.engine.planner import Planner, Step
-from headrace.engine.policy import SETTLED, Policies, choose
+from headrace.engine.policy import Policies, choose
 from headrace.engine.progress import Progress, State, check_servable
 from headrace.engine.queue import Bounds, Deadlines, Lines
 
@@ -41,6 +41,17 @@ _new_row = tuple.__new__  # map(_new_row, repeat(Output), zip(columns)) makes ro
 
 class BadResult(HeadraceError):
     """The executor answered something else than it was asked."""
+
+
+class _Told:
+    """An observer after the policies that want to hear of everything first."""
+
+    def __init__(self, listeners: Sequence[Callable[[events.Event], None]], then: Observer) -> None:
+        self._listeners = (*listeners, then.observe)
+
+    def observe(self, event: events.Event) -> None:
+        for listener in self._listeners:
+            listener(event)
 
 
 class Scheduler:
@@ -59,8 +70,10 @@ class Scheduler:
         self.capacity = capacity
         self.token_budget = token_budget
         self.steps = 0
-        self._observe = observer.observe
         self._policies = policies or choose(settings)
+        if listeners := self._policies.listeners():
+            observer = _Told(listeners, observer)
+        self._observe = observer.observe
         self._memory = Memory(capacity.blocks, capacity.block_tokens, settings.prefix_cache)
         self._lines = Lines(capacity.block_tokens)
         self._deadlines = Deadlines()
@@ -142,7 +155,8 @@ class Scheduler:
             raise RuntimeError("commit or fail the step in flight before planning another")
         if not self._lines.live and not self._lines.released:
             return None
-        if self._policies.ordering not in SETTLED:
+        if not self._policies.settled and self._planner.order_matters():
+            self._policies.survey(tuple(self._lines.live.values()), now)
             self._lines.reorder(lambda progress: self._policies.ordering(progress, now))
         step = Step(self.steps, now, self.token_budget, tuple(self._lines.decoding.members))
         if self._lines.live:

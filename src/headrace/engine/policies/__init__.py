@@ -1,0 +1,1 @@
+"""The rooms of the policies. Import their names from `headrace.engine.policy`."""
