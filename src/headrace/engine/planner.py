@@ -59,6 +59,8 @@ class Planner:
         self, policies: Policies, max_running: int, lines: Lines, memory: Memory, bounds: Bounds, observer: Observer
     ) -> None:
         self._policies = policies
+        self._patient = policies.patient
+        self._repeatable = {startable: policies.repeatable(startable=startable) for startable in (False, True)}
         self._max_running = max_running
         self._lines = lines
         self._memory = memory
@@ -72,7 +74,7 @@ class Planner:
         ordering is not stuck twice in a row, and somebody is served."""
         if self._first_is_stuck:
             self._serve_first(step)
-        elif self._startable and not self._policies.patient:
+        elif self._startable and not self._patient:
             self._clear_the_way(step)
         lines = self._lines
         prefilling, waiting = tuple(lines.prefilling.members), tuple(lines.waiting.members)
@@ -93,14 +95,14 @@ class Planner:
         """Whether anything in the next step depends on who is next: somebody could start, catches up, or has to yield.
         Where nothing does, requests are not sorted anew."""
         lines, free = self._lines, self._memory.pool.free
-        quiet = self._policies.repeatable(startable=False) and not lines.prefilling.members and not self._first_is_stuck
+        quiet = self._repeatable[False] and not lines.prefilling.members and not self._first_is_stuck
         return not quiet or self._startable or len(lines.decoding.beginners()) > free
 
     @property
     def _startable(self) -> bool:
         """Whether somebody waits and there is a place, or somebody might leave one."""
         lines = self._lines
-        return bool(lines.waiting.members) and (lines.running_count < self._max_running or not self._policies.patient)
+        return bool(lines.waiting.members) and (lines.running_count < self._max_running or not self._patient)
 
     def _serve_first(self, step: Step) -> None:
         self._first_is_stuck = False
@@ -296,7 +298,7 @@ class Planner:
         unsettled = step.others or step.preempted or step.beat is None or step.beat.paused or lines.prefilling.members
         if most == 1 or unsettled or self._first_is_stuck:
             return 1
-        if not self._policies.repeatable(startable=self._startable):
+        if not self._repeatable[self._startable]:
             return 1
         more = min(most - 1, lines.decoding.until_end() or 0)
         return 1 + lines.decoding.affordable(self._memory.pool.free, more)

@@ -71,6 +71,7 @@ class Scheduler:
         self.token_budget = token_budget
         self.steps = 0
         self._policies = policies or choose(settings)
+        self._settled = self._policies.settled
         if listeners := self._policies.listeners():
             observer = _Told(listeners, observer)
         self._observe = observer.observe
@@ -155,7 +156,7 @@ class Scheduler:
             raise RuntimeError("commit or fail the step in flight before planning another")
         if not self._lines.live and not self._lines.released:
             return None
-        if not self._policies.settled and self._planner.order_matters():
+        if not self._settled and self._planner.order_matters():
             self._policies.survey(tuple(self._lines.live.values()), now)
             self._lines.reorder(lambda progress: self._policies.ordering(progress, now))
         step = Step(self.steps, now, self.token_budget, tuple(self._lines.decoding.members))
