@@ -55,7 +55,11 @@ USERS_SLACK = 2  # "about 20" users at 4K: 18 by arithmetic
 def test_the_four_numbers_of_a_long_context(case: dict[str, Any]) -> None:
     a100 = LongContext(model("yi-34b"), device("A100-80GB"), weights=34e9, weight_bytes=68e9)
     tokens, paper, allowed = case["ctx"], PAPER[case["ctx"]], LONG["tolerance"]
-    assert a100.kv_bytes(tokens) == case["kv_bytes"]
+    assert a100.kv_bytes(tokens) == case["kv_bytes"] == case["kv_GiB"] * 2**30
+    assert a100.kv_bytes(tokens) / 2**30 == pytest.approx(paper["kv_GB"], rel=0.05)  # printed to two digits
+    shape = a100.shape
+    attention_s = shape.layers * tokens**2 * shape.hidden / a100.device.bf16_flops_per_s
+    assert a100.prefill_s(tokens) - attention_s == pytest.approx(case["prefill_s_2NS"], rel=1e-9)
     assert a100.prefill_s(tokens) == pytest.approx(case["prefill_s_with_attn_LS2D"], rel=1e-12)
     assert a100.decode_s(tokens, 250) == pytest.approx(case["decode_250_s"], rel=1e-12)
     assert a100.switch_s(tokens, 20 * 2**30) == pytest.approx(case["switch_s_out_and_in_20GBps"], rel=1e-12)

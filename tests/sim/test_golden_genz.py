@@ -59,6 +59,7 @@ def test_every_row_of_an_operator_table(name: str) -> None:
     for (label, demand), row in zip(ours, case["ops"], strict=True):
         assert demand.flops == pytest.approx(row["mflop"] * 1e6, rel=1e-12), label
         assert demand.seconds * 1e3 == pytest.approx(row["latency_ms"], rel=1e-12), label
+        assert demand.flops / demand.seconds == pytest.approx(row["tflops"] * 1e12, rel=1e-12), label
         assert ("Compute" if demand.compute_s >= demand.memory_s else "Memory") == row["bound"], label
     layer_ms = sum(demand.seconds for _, demand in ours) * 1e3
     assert layer_ms == pytest.approx(case["per_layer_latency_ms"], rel=1e-12)

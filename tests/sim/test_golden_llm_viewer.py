@@ -76,6 +76,7 @@ def test_every_layer_of_llama_2_7b(stage: str) -> None:
     for name, row in theirs.items():
         demand = ours[name]
         assert demand.flops == row["OPs"] and demand.nbytes == row["memory_access"], name
+        assert demand.flops / demand.nbytes == pytest.approx(row["ai"], rel=1e-12), name
         assert demand.seconds == pytest.approx(row["time"], rel=1e-12), name
         assert ("compute" if demand.compute_s > demand.memory_s else "memory") == row["bound"], name
         assert demand.flops / demand.seconds == pytest.approx(row["perf"], rel=1e-12), name
