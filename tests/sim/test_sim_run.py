@@ -151,7 +151,7 @@ def test_traffic_that_waits_stays_together() -> None:
     def turns() -> list[Arrival]:
         return [Arrival(0.0, (Stretch(5),), 5, session="a"), Arrival(1.0, (Stretch(5),), 5, session="a", gap_s=1.0)]
 
-    with pytest.raises(SimulationFailed, match=NotApart.__name__):
+    with pytest.raises(NotApart, match="one process"):
         simulate_apart(turns, SITE, processes=2)
     assert simulate(turns(), SITE).totals.completed == 2
 

@@ -99,6 +99,7 @@ svg { display: block; width: 100%; height: auto; }
   vertical-align: -1px; }
 .key:first-child { margin-left: 0; }
 .key.late { width: 4px; }
+.told { margin-right: 14px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; margin-top: 10px; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -107,6 +108,6 @@ table.pairs td { text-align: left; }
 summary { cursor: pointer; font-weight: 600; }
 """ + "".join(
     f".line.c{i}, .area.c{i} {{ stroke: var(--c{i}); }} .area.c{i} {{ fill: var(--c{i}); }}\n"
-    f".dot.c{i} {{ background: var(--c{i}); }}\n"
+    f".dot.c{i} {{ background: var(--c{i}); }} .spot.c{i} {{ fill: var(--c{i}); }}\n"
     for i in range(MAX_RUNS)
 )

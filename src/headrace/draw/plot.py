@@ -136,6 +136,15 @@ def steps(svg: Element, points: Sequence[Point], x: Scale, y: Scale, kind: str, 
     SubElement(svg, "path", {"d": path + f"H{x(x.high)}", "class": f"line {kind}"})
 
 
+def polyline(svg: Element, points: Sequence[Point], x: Scale, y: Scale, kind: str) -> None:
+    """Straight lines from point to point, each with a dot that tells its numbers."""
+    path = "M" + "L".join(f"{x(across)} {y(up)}" for across, up in points)
+    SubElement(svg, "path", {"d": path, "class": f"line {kind}"})
+    for across, up in points:
+        place = {"cx": f"{x(across):g}", "cy": f"{y(up):g}", "r": "3.5", "class": f"spot {kind}"}
+        hint(SubElement(svg, "circle", place), f"{across:.4g}: {up:.4g}")
+
+
 def area(svg: Element, heights: Sequence[float], width: float, x: Scale, y: Scale, kind: str) -> None:
     """Bars without gaps, each `width` wide, as one outline."""
     path = f"M{x(0)} {y(0)}"

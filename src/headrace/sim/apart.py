@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from headrace.core import clock
+from headrace.sim.feed import NotApart
 from headrace.sim.run import Part, Report, SimulationFailed, Site, merged, run
 from headrace.workload.arrival import Arrival
 
@@ -37,7 +38,9 @@ def simulate_apart(arrivals: Callable[[], Iterable[Arrival]], site: Site, *, pro
 def _work(there: Connection, arrivals: Callable[[], Iterable[Arrival]], site: Site, numbers: range) -> None:
     """In the other process."""
     try:
-        parts: list[Part] | str = clock.run(run(arrivals(), site, numbers), virtual=True)
+        parts: list[Part] | str | None = clock.run(run(arrivals(), site, numbers), virtual=True)
+    except NotApart:
+        parts = None
     except Exception as error:
         parts = f"{type(error).__name__}: {error}"
     there.send_bytes(msgspec.msgpack.encode(parts, enc_hook=lambda kept: kept.state()))
@@ -46,10 +49,12 @@ def _work(there: Connection, arrivals: Callable[[], Iterable[Arrival]], site: Si
 def _received(here: Connection) -> list[Part]:
     try:
         parts = msgspec.msgpack.decode(
-            here.recv_bytes(), type=list[Part] | str, dec_hook=lambda kind, state: kind.of(state)
+            here.recv_bytes(), type=list[Part] | str | None, dec_hook=lambda kind, state: kind.of(state)
         )
     except EOFError as error:
         raise SimulationFailed("a process of the simulation ended without a result; was memory short?") from error
+    if parts is None:
+        raise NotApart("traffic that waits for answers ties the replicas together; simulate it in one process")
     if isinstance(parts, str):
         raise SimulationFailed(parts)
     return parts

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.core.config import BadSetting, EngineSettings, setting
+from headrace.core.config import BadSetting, EngineSettings
 from headrace.core.ports import Capacity
 from headrace.core.shape import BF16, FP32, KV_BF16, KVFormat, ModelShape, WeightFormat
 from headrace.engine import policy
@@ -28,6 +28,7 @@ from headrace.sim.hardware import Topology, device, link
 from headrace.sim.hfconfig import from_hf
 from headrace.sim.models import model
 from headrace.sim.run import Dispatch, Site, least_tokens, round_robin
+from headrace.sim.settings import SimulateSettings
 from headrace.workload import streams
 from headrace.workload.arrival import Arrival
 from headrace.workload.settings import WorkloadSettings, mixture, parse_slo
@@ -49,51 +50,6 @@ KVS: Mapping[str, KVFormat] = {
     "int4": KVFormat("int4", 4),
 }
 DISPATCHES: Mapping[str, Dispatch] = {"round-robin": round_robin, "least-tokens": least_tokens}
-
-
-@dataclass(frozen=True, slots=True)
-class SimulateSettings:
-    """What the traffic meets."""
-
-    model: str = setting("llama-3.1-8b", "a name of the catalogue (--list models), or a config.json of Hugging Face")
-    hardware: str = setting(
-        "H100-SXM", "devices of one replica (--list devices): NAME, 4xNAME, or 2x8xNAME@LINK for two nodes of eight"
-    )
-    replicas: int = setting(1, "how many of these")
-    dispatch: str = setting("round-robin", "which replica a request goes to", tuple(DISPATCHES))
-    tensor: int | None = setting(None, "devices that share every layer; by default all of a stage")
-    pipeline: int = setting(1, "stages, each with its share of the layers")
-    attention_copies: int = setting(1, "copies of the attention within a stage, each for its own requests")
-    spread_experts: bool = setting(False, "experts lie whole on one device each, instead of in slices on all")
-    weights: str = setting("bf16", "format of the weights; fp8 and int8 multiply in 8 bits", tuple(WEIGHTS))
-    kv: str = setting("bf16", "format of keys and values", tuple(KVS))
-    memory_use: float = setting(0.9, "share of a device's memory for weights and KV")
-    compute_share: float = setting(0.7, "share of the peak FLOP/s that kernels reach")
-    bandwidth_share: float = setting(0.85, "share of the memory bandwidth that kernels reach")
-    network_share: float = setting(0.8, "share of the links' bandwidth that collectives reach")
-    host_ms: float = setting(0.5, "what the host adds to every step")
-    convention: str = setting("headrace", "what is counted, and how; see docs/simulator.md", tuple(CONVENTIONS))
-    calibration: Path | None = setting(None, "price steps by this file of `headrace calibrate`, and not by catalogue")
-    attain: float = setting(0.99, "share of the requests that must keep every promise of --slo; 0.99 is their p99")
-    fast_forward: bool = setting(True, "many decode steps at once, with the same results")
-
-    def __post_init__(self) -> None:
-        bounds = {
-            "replicas": (1, 10_000),
-            "pipeline": (1, 1024),
-            "tensor": (1, 1024),
-            "attention_copies": (1, 1024),
-            "memory_use": (0.01, 1.0),
-            "compute_share": (0.001, 1.0),
-            "bandwidth_share": (0.001, 1.0),
-            "network_share": (0.001, 1.0),
-            "host_ms": (0.0, 10_000.0),
-            "attain": (0.0, 1.0),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:  # NaN fails too
-                raise BadSetting(f"--{name.replace('_', '-')} is {value}; it must be between {low:g} and {high:g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +148,7 @@ def shape_of(name: str) -> ModelShape:
     return from_hf(content)
 
 
-_HARDWARE = re.compile(r"(?:(\d{1,4})x)??(?:(\d{1,4})x)?([^@]+?)(?:@([^@]+))?")
+_HARDWARE = re.compile(r"(?:(\d{1,4})x(?=\d+x))?(?:(\d{1,4})x)?([^@]+)(?:@([^@]+))?")
 
 
 def parse_hardware(text: str) -> Topology:

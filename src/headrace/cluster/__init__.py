@@ -1,0 +1,1 @@
+"""Decides among replicas, and reaches other machines."""
