@@ -13,10 +13,13 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from contextvars import Context
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+
+# The loop whose time is virtual, in whatever it runs. Asking asyncio for the running loop asks the system for our id.
+_virtual: ContextVar[VirtualLoop | None] = ContextVar("virtual", default=None)
 
 _EPOCH_VIRTUAL_S = 1_700_000_000.0  # what the wall shows at virtual time 0: fixed, so that runs are reproducible
 
@@ -27,15 +30,20 @@ class Deadlock(RuntimeError):
 
 def now() -> float:
     """Seconds on the running loop's monotonic clock (virtual or real); only differences mean anything."""
-    return asyncio.get_running_loop().time()
+    loop = _virtual.get()
+    return asyncio.get_running_loop().time() if loop is None else loop.virtual_s
 
 
 async def sleep(seconds: float) -> None:
-    await asyncio.sleep(seconds)
+    """Sleeping for no time lets all others run who are ready."""
+    if not jump(now() + seconds):
+        await asyncio.sleep(seconds)
 
 
 async def sleep_until(when_s: float) -> None:
     """Wake when `now()` reads `when_s`: under virtual time exactly that number, which a sum of durations may miss."""
+    if jump(when_s):
+        return
     loop = asyncio.get_running_loop()
     woken = loop.create_future()
     timer = loop.call_at(when_s, woken.set_result, None)
@@ -45,30 +53,34 @@ async def sleep_until(when_s: float) -> None:
         timer.cancel()
 
 
+def jump(when_s: float) -> bool:
+    """Under virtual time, if nobody else has anything to do until then: it is `when_s` now, without a round of the
+    loop. Otherwise False, and one has to sleep."""
+    loop = _virtual.get()
+    return loop is not None and loop.jump(when_s)
+
+
 def spend(until_s: float) -> None:
     """The host was busy until `until_s`: virtual time passes while nobody else runs. Raises RuntimeError in real time,
     which passes by itself."""
-    loop = asyncio.get_running_loop()
-    if not isinstance(loop, VirtualLoop):
+    loop = _virtual.get()
+    if loop is None:
         raise RuntimeError("only virtual time can be spent")
     loop.pass_until(until_s)
 
 
 def virtual_now() -> float:
     """As `now()`, for whoever must not run in real time: raises RuntimeError there."""
-    loop = asyncio.get_running_loop()
-    if not isinstance(loop, VirtualLoop):
+    loop = _virtual.get()
+    if loop is None:
         raise RuntimeError("this is a simulation: run it with clock.run(..., virtual=True)")
-    return loop.time()
+    return loop.virtual_s
 
 
 def wall() -> float:
     """Seconds since 1970, for timestamps that leave the process. Never subtract two of these."""
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return time.time()
-    return _EPOCH_VIRTUAL_S + loop.time() if isinstance(loop, VirtualLoop) else time.time()
+    loop = _virtual.get()
+    return time.time() if loop is None else _EPOCH_VIRTUAL_S + loop.virtual_s
 
 
 def perf() -> float:
@@ -78,9 +90,12 @@ def perf() -> float:
 
 def run(main: Coroutine[Any, Any, T], *, virtual: bool = False) -> T:
     """Run a coroutine to completion, in real or in virtual time."""
-    factory = VirtualLoop if virtual else None
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main)
+    if not virtual:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        context = copy_context()
+        context.run(_virtual.set, runner.get_loop())  # type: ignore[arg-type]
+        return runner.run(main, context=context)
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -88,25 +103,33 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     insides it replaces `_run_once` and uses `_ready`."""
 
     def __init__(self) -> None:
-        self._virtual_s = 0.0
+        self.virtual_s = 0.0
         self._order = 0
         self._cancelled = 0  # timers that wait in vain
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []  # a heap: equal times by order of creation
         super().__init__()
 
     def time(self) -> float:
-        return self._virtual_s
+        return self.virtual_s
 
     def pass_until(self, when_s: float) -> None:
         """Time never runs backwards."""
-        self._virtual_s = max(self._virtual_s, when_s)
+        self.virtual_s = max(self.virtual_s, when_s)
+
+    def jump(self, when_s: float) -> bool:
+        """Let time pass at once if sleeping would only be to go round the loop for nothing."""
+        timers = self._timers
+        if self._ready or self._stopping or (timers and timers[0][0] <= when_s):  # type: ignore[attr-defined]
+            return False
+        self.pass_until(when_s)
+        return True
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
         """As asyncio's, but equal times fire in the order they were set."""
         self._order += 1
-        when = max(when, self._virtual_s)
+        when = max(when, self.virtual_s)
         timer = asyncio.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, self._order, timer))
         return timer
@@ -129,7 +152,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             if not timers:
                 raise Deadlock(self._describe())
             self.pass_until(timers[0][0])
-        while timers and timers[0][0] <= self._virtual_s:
+        while timers and timers[0][0] <= self.virtual_s:
             ready.append(heapq.heappop(timers)[2])
         for _ in range(len(ready)):
             handle = ready.popleft()
@@ -147,4 +170,4 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def _describe(self) -> str:
         waiting = [f"  {task.get_name()}: {task.get_coro()}" for task in asyncio.all_tasks(self)]
-        return "deadlock at virtual time {:.6f} s; every task waits:\n{}".format(self._virtual_s, "\n".join(waiting))
+        return "deadlock at virtual time {:.6f} s; every task waits:\n{}".format(self.virtual_s, "\n".join(waiting))

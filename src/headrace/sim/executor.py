@@ -149,6 +149,8 @@ class SimulatedExecutor:
 
     async def _repeat(self) -> None:
         """Sleep to the end of all repetitions, or of the one in progress when somebody interrupts."""
+        if clock.jump(self._begun_s + self._run.total_s):
+            return
         loop = asyncio.get_running_loop()
         over = self._over = loop.create_future()
         self._timer = loop.call_at(self._begun_s + self._run.total_s, over.set_result, None)
