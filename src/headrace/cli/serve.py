@@ -3,6 +3,7 @@
 Example:
   headrace serve smollm2
   headrace serve ./my-model.gguf --kv-memory 2GiB --port 9000
+  headrace serve smollm2 --record traffic.jsonl      # then: headrace simulate --trace traffic.jsonl
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from typing import Any
 
 from headrace.cli.assemble import Assembled, Phases, add_model, assemble, summary
+from headrace.cli.recordings import Recordings
 from headrace.core import clock, config
 from headrace.core.config import GatewaySettings
 
@@ -51,24 +53,26 @@ def run(args: argparse.Namespace) -> int:
     check(settings)  # before minutes of loading, not after
     phase = Phases()
     print(f"headrace serve {args.model}", file=sys.stderr)
-    assembled = assemble(args, toml, phase, settings.served_name)
-    print(summary(assembled, phase), file=sys.stderr)
-    return clock.run(_serve(assembled, settings))
+    with Recordings(settings.record, settings.record_plans) as recordings:
+        assembled = assemble(args, toml, phase, settings.served_name, recordings.watched)
+        print(summary(assembled, phase), file=sys.stderr)
+        return clock.run(_serve(assembled, settings, recordings))
 
 
-async def _serve(assembled: Assembled, settings: GatewaySettings) -> int:
+async def _serve(assembled: Assembled, settings: GatewaySettings, recordings: Recordings) -> int:
     """Run the engine and the server side by side until a signal drains both."""
     from headrace.gateway.app import build
     from headrace.gateway.server import serve
 
-    app = build(assembled.engine, assembled.text, settings, assembled.metrics)
+    service = recordings.noted(assembled.engine)
+    app = build(service, assembled.text, settings, assembled.metrics)
 
     def ready(url: str) -> None:
         print(_HELLO.format(url=url, name=assembled.name), file=sys.stderr, flush=True)
 
     engine = asyncio.create_task(assembled.engine.run())
     try:
-        await serve(app, assembled.engine, settings, ready)
+        await serve(app, service, settings, ready)
     finally:
         engine.cancel()
         await asyncio.gather(engine, return_exceptions=True)

@@ -55,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.list:
         return _list(args.list)
+    for path in filter(None, (args.html, args.json)):
+        if not path.parent.is_dir():  # said before minutes of simulating, not after
+            raise BadSetting(f"cannot write {path}: there is no folder {path.parent}")
     files = args.compare or [args.config]
     scenarios = [scenario_of(args, path) for path in files]
     processes = args.processes or os.cpu_count() or 1

@@ -92,6 +92,8 @@ class EngineSettings:
     admission: str = setting("free-blocks", "when a waiting request may start")
     batch: str = setting("chunked", "what a step computes")
     preemption: str = setting("last-arrived", "who yields when memory runs out")
+    tenant_weights: str = setting("", "shares under --ordering vtc and drr, as name=weight,...; 1 for all others")
+    length_window: int = setting(1000, "answers whose lengths predict those of others, where a policy predicts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,12 @@ class GatewaySettings:
     max_body: Bytes = setting(Bytes(8 << 20), "largest request body")
     max_choices: int = setting(128, "largest n")
     drain_timeout_s: float = setting(30.0, "seconds that running requests get after SIGTERM")
+    record: Path | None = setting(
+        None, "write when requests came, how long they were and what they shared to this file, never what they said"
+    )
+    record_plans: Path | None = setting(
+        None, "write every step plan to this file, for `headrace replay`; it holds the token ids of all prompts"
+    )
     metrics_prefix: str = setting("headrace:", "what metric names begin with; vllm: for dashboards that ask for that")
 
 
