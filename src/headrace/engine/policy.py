@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from headrace.core.config import EngineSettings
 from headrace.core.events import Event
-from headrace.core.types import HeadraceError
+from headrace.core.types import HeadraceError, RequestId
 from headrace.engine.policies.admission import WATERMARK, free_blocks, reserve_all
-from headrace.engine.policies.batch import chunked, prefill_first
+from headrace.engine.policies.batch import chunked, filling, is_filler, orca, prefill_first, splitfuse, static
+from headrace.engine.policies.deadlines import Due, edd, eddc, mdd, mddc, slack
+from headrace.engine.policies.fairness import DeficitRoundRobin, TokenCounter
+from headrace.engine.policies.future import FuturePeak, Oracle, PastFuture, aggressive, conservative
+from headrace.engine.policies.groups import PrefixGroups
 from headrace.engine.policies.joints import (
     Admission,
     BatchFormer,
@@ -34,6 +39,7 @@ __all__ = [
     "AGEING_S",
     "BATCHES",
     "MOST_PREEMPTIONS",
+    "ORACLE",
     "ORDERINGS",
     "PREEMPTIONS",
     "PRIORITY_LEVELS",
@@ -41,21 +47,40 @@ __all__ = [
     "Admission",
     "BatchFormer",
     "BatchView",
+    "DeficitRoundRobin",
+    "Due",
+    "FuturePeak",
+    "Oracle",
     "Ordering",
+    "PastFuture",
     "Policies",
     "PoolView",
     "Preemption",
+    "PrefixGroups",
     "RequestView",
     "Share",
+    "TokenCounter",
+    "aggressive",
     "choose",
     "chunked",
+    "conservative",
+    "edd",
+    "eddc",
     "fcfs",
+    "filling",
     "free_blocks",
+    "is_filler",
     "last_arrived",
     "lower_level",
+    "mdd",
+    "mddc",
+    "orca",
     "prefill_first",
     "priority",
     "reserve_all",
+    "slack",
+    "splitfuse",
+    "static",
     "token_budget",
 ]
 
@@ -68,19 +93,45 @@ def _just(policy: P) -> Make[P]:
     return lambda settings: policy
 
 
-ORDERINGS: Mapping[str, Make[Ordering]] = {"fcfs": _just(fcfs), "priority": _just(priority)}
-ADMISSIONS: Mapping[str, Make[Admission]] = {"free-blocks": _just(free_blocks), "reserve-all": _just(reserve_all)}
-BATCHES: Mapping[str, Make[BatchFormer]] = {"chunked": _just(chunked), "prefill-first": _just(prefill_first)}
+ORDERINGS: Mapping[str, Make[Ordering]] = {
+    "fcfs": _just(fcfs),
+    "priority": _just(priority),
+    "vtc": TokenCounter,
+    "drr": DeficitRoundRobin,
+    "edd": _just(edd),
+    "eddc": partial(Due, eddc),
+    "mdd": partial(Due, mdd),
+    "mddc": partial(Due, mddc),
+    "urgency": partial(Due, slack),
+    "prefix-groups": PrefixGroups,
+}
+ADMISSIONS: Mapping[str, Make[Admission]] = {
+    "free-blocks": _just(free_blocks),
+    "reserve-all": _just(reserve_all),
+    "past-future": PastFuture,
+    "conservative": _just(conservative),
+    "aggressive": _just(aggressive),
+}
+BATCHES: Mapping[str, Make[BatchFormer]] = {
+    "chunked": _just(chunked),
+    "prefill-first": _just(prefill_first),
+    "splitfuse": _just(splitfuse),
+    "orca": _just(orca),
+    "static": _just(static),
+    "filling": _just(filling),
+}
 PREEMPTIONS: Mapping[str, Make[Preemption]] = {"last-arrived": _just(last_arrived), "priority": _just(lower_level)}
+ORACLE = "oracle"  # an admission for those who know the lengths of answers
 
 # Functions, or the types of objects.
-SETTLED: tuple[object, ...] = (fcfs, priority)  # orderings whose keys never change: sorted once, on arrival
+SETTLED: tuple[object, ...] = (fcfs, priority, edd)  # orderings whose keys never change: sorted once, on arrival
 PATIENT: tuple[object, ...] = (last_arrived,)  # preemptions that never name anybody for a request that waits
 
 # Who decide the same again while the same requests decode, nobody arrives and free blocks only become fewer: the
 # simulator may then take many steps at once. Leave a policy out that looks at the clock or at how far others are. Where
 # nobody could start anyway, only the batch former must be among these.
-REPEATABLE: tuple[object, ...] = (free_blocks, reserve_all, chunked, prefill_first, last_arrived, lower_level)
+_BATCHES = (chunked, prefill_first, splitfuse, orca, static, filling)
+REPEATABLE: tuple[object, ...] = (free_blocks, reserve_all, aggressive, *_BATCHES, last_arrived, lower_level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +175,15 @@ def _among(policy: object, some: Sequence[object]) -> bool:
     return any(policy is one or type(policy) is one for one in some)
 
 
-def choose(settings: EngineSettings) -> Policies:
-    """The policies that the settings name; raises HeadraceError that lists the names there are."""
+def choose(settings: EngineSettings, lengths: Mapping[RequestId, int] | None = None) -> Policies:
+    """The policies that the settings name, for one scheduler; raises HeadraceError that lists the names there are.
+    `lengths` are the output tokens of live requests: a simulation knows them, and may compare with an oracle."""
+    admissions = dict(ADMISSIONS)
+    if lengths is not None:
+        admissions[ORACLE] = _just(Oracle(lengths))
     return Policies(
         _named(ORDERINGS, settings.ordering, "ordering")(settings),
-        _named(ADMISSIONS, settings.admission, "admission")(settings),
+        _named(admissions, settings.admission, "admission")(settings),
         _named(BATCHES, settings.batch, "batch")(settings),
         _named(PREEMPTIONS, settings.preemption, "preemption")(settings),
     )
