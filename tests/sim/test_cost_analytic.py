@@ -143,14 +143,19 @@ def test_a_small_batch_of_a_mixture_reads_few_experts() -> None:
     assert many > 2 * shape.weights * 0.99
 
 
-def test_spreading_experts_reads_the_same_weights_and_talks_differently() -> None:
+def test_spreading_experts_reads_their_weights_once_and_all_others_everywhere() -> None:
     shape, eight = model("deepseek-v2"), Topology(device("H200-SXM"), 8)
     cut = Analytic(Placement(shape, eight, Parallel(tensor=8, data=8)))
     spread = Analytic(Placement(shape, eight, Parallel(tensor=8, data=8, spread_experts=True)))
     batch = batch_of([(1000, 1)] * 64, 64)
     a, b = cut.estimate(batch), spread.estimate(batch)
-    assert a.memory_bytes == b.memory_bytes and a.memory_s == b.memory_s
-    assert a.network_bytes != b.network_bytes and min(a.network_s, b.network_s) > 0
+    sparse = shape.layers - shape.dense_layers
+    everywhere = shape.dense_weights + sparse * shape.shared_experts * shape.expert_weights
+    assert b.memory_bytes - a.memory_bytes == pytest.approx(7 * 2 * everywhere)
+    assert spread.placement.weight_bytes - cut.placement.weight_bytes == pytest.approx(
+        2 * (everywhere + sparse * shape.hidden * shape.experts) * 7 / 8
+    )
+    assert 0 < b.network_s != a.network_s > 0
 
 
 def test_a_faster_fabric_shortens_the_network_term_only() -> None:

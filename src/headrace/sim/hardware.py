@@ -54,6 +54,7 @@ class Device:
     fp8_flops_per_s: float = 0.0
     int8_flops_per_s: float = 0.0
     fp4_flops_per_s: float = 0.0
+    eight_bit_share: float | None = None  # of the 8-bit peak, the best product anybody measured; None: nobody did
     max_w: float | None = None  # None: nobody published it
     idle_w: float | None = None  # None: 30 % of `max_w` (GenZ's static share)
     usd_per_hour: float | None = None
@@ -121,6 +122,7 @@ _SCALES = {
     "fp8_tflops": ("fp8_flops_per_s", 1e12),
     "fp4_tflops": ("fp4_flops_per_s", 1e12),
     "int8_tops": ("int8_flops_per_s", 1e12),
+    "eight_bit_share": ("eight_bit_share", 1.0),
     "memory_GB": ("memory_bytes", 1e9),
     "memory_GBps": ("memory_bytes_per_s", 1e9),
     "max_W": ("max_w", 1.0),

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import ceil
 from operator import add
 
 from headrace.sim.cost.batch import Batch, Line, Spans, StepCost, trace_line
 from headrace.sim.cost.conventions import HEADRACE, Convention, Overlap
-from headrace.sim.cost.network import Transfer, collective, point_to_point
+from headrace.sim.cost.network import Transfer, collective, exchange, point_to_point
 from headrace.sim.cost.operators import Attention, Demand, Machine
 from headrace.sim.cost.placement import Placement
 from headrace.sim.hardware import Link
@@ -257,10 +258,13 @@ def _network(placement: Placement, convention: Convention) -> tuple[tuple[int, T
     """(times a pass, transfer, message bytes per token) of every collective.
 
     After attention, the devices of one copy all-reduce. Around a feed-forward cut over several copies, tokens are
-    gathered and their sums scattered; experts that lie whole are reached all-to-all. Between stages, neighbours talk.
+    gathered and their sums scattered; experts that lie whole are reached all-to-all, and beside them nothing else is
+    cut over several copies. Between stages, neighbours talk.
+    Only what goes to the experts has the width of an operand, everything else that of a sum.
     """
     shape, parallel, topology = placement.shape, placement.parallel, placement.topology
-    vector = shape.hidden * placement.formats.activation_bits / 8
+    operand = shape.hidden * placement.formats.activation_bits / 8
+    vector = max(operand, shape.hidden * convention.sum_bits / 8)
 
     def on(group: int, stride: int = 1) -> Link:
         link = topology.link(group, stride)
@@ -269,15 +273,27 @@ def _network(placement: Placement, convention: Convention) -> tuple[tuple[int, T
     def ring(kind: str, group: int) -> Transfer:
         return collective(kind, group, on(group))
 
-    spread = shape.layers - shape.dense_layers if parallel.spread_experts and parallel.data > 1 else 0
-    cut = shape.layers - spread
+    spread = shape.layers - shape.dense_layers if placement.spread else 0
+    cut = 0 if spread else shape.layers
     found = [(shape.layers, ring("all_reduce", parallel.attention), vector / parallel.data)]
     if parallel.data == 1:
         found.append((cut, ring("all_reduce", parallel.tensor), vector))
     else:
         found += [(cut, ring(kind, parallel.tensor), vector) for kind in ("all_gather", "reduce_scatter")]
-    sent = vector * shape.experts_per_token / parallel.tensor
-    found.append((2 * spread, ring("all_to_all", parallel.tensor), sent))
+    copies = _copies(parallel.tensor, topology.devices_per_node, shape.experts_per_token) / parallel.tensor
+    dispatched = exchange(parallel.tensor, on(parallel.tensor))
+    found += [(spread, dispatched, copies * width) for width in (operand, vector)]
     if parallel.pipeline > 1:
         found.append((parallel.pipeline - 1, point_to_point(on(2, parallel.tensor)), vector / parallel.tensor))
     return tuple(entry for entry in found if entry[0] and entry[1].s_per_byte)
+
+
+def _copies(devices: int, devices_per_node: int, experts: int) -> float:
+    """How often a token's vector crosses the slowest link to reach its experts: once for each on another device, or,
+    over several nodes, once for every other node that has any of them, which forwards it (DeepEP). Counted before the
+    share (n - 1) / n of an all-to-all that leaves a device."""
+    nodes = ceil(devices / devices_per_node)
+    if nodes <= 1:
+        return experts
+    others = (nodes - 1) * (1 - (1 - 1 / nodes) ** experts)
+    return others * devices / (devices - 1)

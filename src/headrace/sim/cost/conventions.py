@@ -29,6 +29,8 @@ class Convention:
     memory_share: float = 1.0
     network_share: float = 1.0
     layer_overhead_s: float = 0.0
+    attained_shares: bool = False  # where a device's 8-bit products were measured, their share of the peak
+    sum_bits: float = 0.0  # the residual stream and partial sums have at least so many, however narrow operands are
     distinct: Distinct = expected_experts
     onchip_bytes_per_s: float = float("inf")
     decode_on_chip: bool = False
@@ -40,7 +42,10 @@ class Convention:
 
 
 def _rate(placement: Placement, convention: Convention, weight_bits: float) -> float:
-    peak = placement.device.flops_per_s(weight_bits, placement.formats.activation_bits)
+    chip, operand_bits = placement.device, max(weight_bits, placement.formats.activation_bits)
+    peak = chip.flops_per_s(weight_bits, placement.formats.activation_bits)
+    if convention.attained_shares and operand_bits <= 8 and chip.eight_bit_share:
+        return peak * chip.eight_bit_share
     return peak * convention.compute_share
 
 
@@ -73,7 +78,8 @@ def _projections(placement: Placement, convention: Convention) -> tuple[Dense, .
     inward = placement.attention_weights - out * shape.hidden / parallel.attention
     rate = _rate(placement, convention, formats.weights.bits)
     wide = shape.ffn * max(1, shape.experts_per_token + shape.shared_experts)
-    passes = 8 * shape.hidden * act / parallel.data + 3 * wide * act / parallel.tensor
+    summed = max(act, convention.sum_bits / 8)
+    passes = 8 * shape.hidden * summed / parallel.data + 3 * wide * summed / parallel.tensor
     width = shape.heads * shape.head_dim + shape.kv_width
     return (
         Dense(
@@ -103,9 +109,10 @@ def _feed_forward(placement: Placement, convention: Convention) -> tuple[Dense, 
     matrices = 3 if shape.gated else 2
 
     def block(name: str, count: int, width: int) -> Dense:
-        weights = matrices * shape.hidden * width / ways
+        weights = matrices * shape.hidden * width
         moved = (2 * shape.hidden + matrices * width / ways) * act
-        return Dense(name, count, rate, 2 * weights, weight_bytes=weights * each, token_bytes=moved)
+        stored = weights / placement.dense_ways * each
+        return Dense(name, count, rate, 2 * weights / ways, weight_bytes=stored, token_bytes=moved)
 
     if not shape.experts:
         return (block("feed-forward", shape.layers, shape.ffn),)
@@ -287,8 +294,10 @@ HEADRACE = Convention(
     memory_share=0.80,  # fleet-sim's profile builder
     network_share=0.70,  # APEX+'s all-reduce tables at 128 MiB: 0.73 of NVLink on 4 H100, 0.67 on 4 A100
     layer_overhead_s=3e-6,  # fleet-sim's profile builder
+    attained_shares=True,
+    sum_bits=16,
 )
-IDEAL = Convention("ideal", headrace_operators)  # every peak reached, nothing overlapped
+IDEAL = Convention("ideal", headrace_operators, sum_bits=16)  # every peak reached, nothing overlapped
 GENZ = Convention(
     "genz",
     genz_operators,

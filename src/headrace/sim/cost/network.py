@@ -42,6 +42,14 @@ def collective(kind: str, devices: int, link: Link, setup_s: float = SETUP_S) ->
     return Transfer(setup_s + hops * link.latency_s, hops / devices / link.bytes_per_s, hops / devices)
 
 
+def exchange(devices: int, link: Link) -> Transfer:
+    """An all-to-all whose messages are all under way at once, not passed on around a ring: it waits for one latency."""
+    if devices <= 1:
+        return NOTHING
+    share = (devices - 1) / devices
+    return Transfer(SETUP_S + link.latency_s, share / link.bytes_per_s, share)
+
+
 def point_to_point(link: Link) -> Transfer:
     """One message to a neighbour: latency + bytes / bandwidth."""
     return Transfer(link.latency_s, 1 / link.bytes_per_s, 1.0)

@@ -108,11 +108,24 @@ class Placement:
         return (shape.attention_weights - shared) / ways + shared / self.kv_shards
 
     @property
+    def spread(self) -> bool:
+        """Whether whole experts lie on different devices while requests stay on one."""
+        return self.parallel.spread_experts and self.parallel.data > 1
+
+    @property
+    def dense_ways(self) -> int:
+        """Over how many devices the feed-forward that every token passes is cut: those of a stage, but beside spread
+        experts those of one copy of the attention, as tokens then need not move for it (SGLang, DeepSeek)."""
+        return self.parallel.attention if self.spread else self.parallel.tensor
+
+    @property
     def layer_weights(self) -> float:
         """Weights of the layers of the fullest stage on one device."""
         shape = self.shape
-        feed_forward = (shape.layer_weights - shape.layers * shape.attention_weights) / shape.layers
-        return self.stage_layers * (self.attention_weights + feed_forward / self.parallel.tensor)
+        feed_forward = shape.layer_weights - shape.layers * shape.attention_weights
+        routed = (shape.layers - shape.dense_layers) * shape.experts * shape.expert_weights
+        each = (routed / self.parallel.tensor + (feed_forward - routed) / self.dense_ways) / shape.layers
+        return self.stage_layers * (self.attention_weights + each)
 
     @property
     def weight_bytes(self) -> float:
