@@ -9,7 +9,7 @@ another clock and another executor. Arrivals are read as their time comes, so me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import overload
@@ -18,9 +18,9 @@ from headrace.core import clock
 from headrace.core.config import EngineSettings
 from headrace.core.events import Arrived, Event, Finished
 from headrace.core.ports import Capacity, Observer
-from headrace.core.types import SLO, FinishReason, HeadraceError, Request
+from headrace.core.types import SLO, FinishReason, HeadraceError, Request, RequestId
 from headrace.engine.loop import Engine
-from headrace.engine.policy import Policies
+from headrace.engine.policy import Policies, choose
 from headrace.engine.scheduler import Scheduler
 from headrace.sim.cost.batch import CostModel
 from headrace.sim.executor import SimulatedExecutor
@@ -51,6 +51,9 @@ def least_tokens(number: int, request: Request, views: Sequence[View]) -> int:
     return min(views, key=lambda view: view.prompt_tokens).replica
 
 
+Choose = Callable[[EngineSettings, Mapping[RequestId, int]], Policies]  # (settings, lengths of live answers)
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """What is simulated: `replicas` alike, each with this memory, this price of a step and these settings."""
@@ -61,7 +64,7 @@ class Site:
     token_budget: int
     replicas: int = 1
     windows: tuple[int, ...] = ()  # attention windows of the model
-    policies: Policies | None = None  # by default those of the settings
+    policies: Choose = choose  # makes those of each replica; by default as its settings say
     max_new_tokens: int = 1 << 14  # for arrivals that name no limit
     slo: SLO | None = None  # for arrivals that name none
 
@@ -103,8 +106,9 @@ class _Replica:
         self._more = more
         spent = self.stats.totals.spent
         self._executor = SimulatedExecutor(site.capacity, site.cost, feed.lengths, windows=site.windows, spent=spent)
+        policies = site.policies(site.settings, feed.lengths)
         scheduler = Scheduler(
-            site.settings, site.capacity, token_budget=site.token_budget, observer=self, policies=site.policies
+            site.settings, site.capacity, token_budget=site.token_budget, observer=self, policies=policies
         )
         self.engine = Engine(f"replica {number}", scheduler, self._executor)
 
