@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headrace.sim.scenario import Scenario
     from headrace.sim.sweep import Point, Sweep
     from headrace.sim.workers import Each
+    from headrace.workload.arrival import Arrival
 
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the load that was asked about, for the page
 
@@ -108,13 +109,29 @@ def _answers(args: argparse.Namespace, scenarios: list[Scenario], processes: int
     begun_s = clock.perf()
     if len(scenarios) == 1:
         _say("simulating ...")
-        reports = [sweeping.answer(scenarios[0], processes)]
+        reports = [sweeping.answer(scenarios[0], processes, _progress)]
     else:
         _say(f"simulating {len(scenarios)} scenarios ...")
         reports = sweeping.answers(scenarios, _each(args, processes))
     requests = sum(report.totals.arrived for report in reports)
     _say(f"{requests:,} requests simulated in {clock.perf() - begun_s:.1f} s")
     return reports
+
+
+def _progress(arrivals: Iterator[Arrival]) -> Iterator[Arrival]:
+    """Says how far the simulation is, if somebody looks: arrivals are read as their time comes."""
+    begun_s = shown_s = clock.perf()
+    shown = sys.stderr.isatty()
+    for number, arrival in enumerate(arrivals):
+        yield arrival
+        if shown and number % 64 == 0 and clock.perf() - shown_s > 0.2:
+            shown_s = clock.perf()
+            at_s = "" if arrival.at_s is None else f", {arrival.at_s:,.0f} s of virtual time"
+            print(
+                f"\r\x1b[K  {number:,} requests{at_s} in {shown_s - begun_s:.0f} s", end="", file=sys.stderr, flush=True
+            )
+    if shown_s > begun_s:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _each(args: argparse.Namespace, processes: int) -> Each:

@@ -19,6 +19,7 @@ from headrace.core.config import BadSetting, EngineSettings
 from headrace.core.ports import Capacity
 from headrace.core.shape import BF16, FP32, KV_BF16, KVFormat, ModelShape, WeightFormat
 from headrace.engine import policy
+from headrace.sim.calibration import load
 from headrace.sim.cost.analytic import Analytic
 from headrace.sim.cost.batch import CostModel, batch_of, windows_of
 from headrace.sim.cost.conventions import CONVENTIONS, HEADRACE, Convention
@@ -76,7 +77,7 @@ class Scenario:
 
     def site(self) -> Site:
         """Raises UnknownName, UnreadableConfig, BadPlacement, BadSetting, BadCalibration."""
-        return _catalogued(self)
+        return _calibrated(self, self.simulate.calibration) if self.simulate.calibration else _catalogued(self)
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self, enc_hook=str)
@@ -180,6 +181,25 @@ def _catalogued(scenario: Scenario) -> Site:
         token_budget=step_tokens(engine, cost, windows_of(shape)),
         replicas=settings.replicas,
         windows=windows_of(shape),
+        slo=parse_slo(scenario.traffic[0].slo),
+    )
+
+
+def _calibrated(scenario: Scenario, path: Path) -> Site:
+    """The engine that was measured, under the settings that are asked about."""
+    engine, calibration = scenario.engine, load(path)
+    capacity, measured = calibration.capacity, calibration.settings
+    if engine.block_tokens != capacity.block_tokens:
+        raise BadSetting(f"{path} was measured with --block-tokens {capacity.block_tokens}; ask for the same")
+    cost, budget = calibration.cost(strict=scenario.simulate.strict), engine.token_budget
+    if budget is None and engine.inter_token_ms == measured.inter_token_ms:
+        budget = calibration.token_budget
+    return Site(
+        engine,
+        replace(capacity, steps=MOST_STEPS if scenario.simulate.fast_forward else 1),
+        cost,
+        token_budget=budget or step_tokens(engine, cost, ()),
+        replicas=scenario.simulate.replicas,
         slo=parse_slo(scenario.traffic[0].slo),
     )
 

@@ -35,6 +35,7 @@ class SimulateSettings:
         "headrace", "what is counted, and how; see docs/simulator.md", ("headrace", "ideal", "genz", "llm-viewer")
     )
     calibration: Path | None = setting(None, "price steps by this file of `headrace calibrate`, and not by catalogue")
+    strict: bool = setting(False, "refuse steps beyond what was calibrated, instead of marking them in the report")
     attain: float = setting(0.99, "share of the requests that must keep every promise of --slo; 0.99 is their p99")
     fast_forward: bool = setting(True, "many decode steps at once, with the same results")
 

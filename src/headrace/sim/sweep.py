@@ -6,7 +6,7 @@ monotone but for the noise of the tail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -19,19 +19,23 @@ from headrace.sim.run import Report, round_robin, simulate
 from headrace.sim.scenario import Scenario
 from headrace.sim.stats import Totals
 from headrace.sim.workers import Each
+from headrace.workload.arrival import Arrival
+
+Watch = Callable[[Iterator[Arrival]], Iterator[Arrival]]
 
 PRECISION = 0.01  # relative width of the interval at which a bisection ends
 
 
-def answer(scenario: Scenario, processes: int = 1) -> Report:
-    """Simulate it; the result does not depend on the number of processes. Raises what the scenario raises."""
+def answer(scenario: Scenario, processes: int = 1, watch: Watch = iter) -> Report:
+    """Simulate it; the result does not depend on the number of processes. `watch` sees the arrivals pass, in every
+    process. Raises what the scenario raises."""
     site, seed = scenario.site(), scenario.traffic[0].seed
     if min(processes, site.replicas) > 1 and scenario.dispatch is round_robin and scenario.traffic[0].clients is None:
         try:
-            return simulate_apart(scenario.arrivals, site, processes=processes, seed=seed)
+            return simulate_apart(lambda: watch(scenario.arrivals()), site, processes=processes, seed=seed)
         except NotApart:
             pass  # conversations tie the replicas together
-    return simulate(scenario.arrivals(), site, dispatch=scenario.dispatch, clients=scenario.clients, seed=seed)
+    return simulate(watch(scenario.arrivals()), site, dispatch=scenario.dispatch, clients=scenario.clients, seed=seed)
 
 
 def answered(question: bytes) -> bytes:

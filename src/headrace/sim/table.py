@@ -39,16 +39,16 @@ def table(scenario: Scenario, site: Site, report: Report) -> str:
 def subject(scenario: Scenario, site: Site) -> str:
     """Who is asked."""
     settings, cost = scenario.simulate, site.cost
-    if not isinstance(cost, Analytic):
-        return f"{settings.calibration}, {site.capacity.blocks * site.capacity.block_tokens:,} tokens of KV"
-    where, parallel = cost.placement, cost.placement.parallel
+    tokens = site.capacity.blocks * site.capacity.block_tokens
     replicas = f"{site.replicas} replicas of " if site.replicas > 1 else ""
+    if settings.calibration is not None or not isinstance(cost, Analytic):
+        return f"{replicas}what was measured in {settings.calibration}: {tokens:,} tokens of KV"
+    where, parallel = cost.placement, cost.placement.parallel
     cut = ", ".join(
         f"{name} {degree}"
         for name, degree in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline))
         if degree > 1
     )
-    tokens = site.capacity.blocks * site.capacity.block_tokens
     return (
         f"{replicas}{settings.model} ({_billions(where.shape)}, {settings.weights}) on {settings.hardware}"
         f"{f' ({cut})' if cut else ''}: {where.weight_bytes / 1e9:.1f} GB of weights a device, "
