@@ -1,6 +1,7 @@
 # make install   create .venv and install headrace with what its tests need
 # make serve     install, then serve the embedded model on http://127.0.0.1:8000
 # make test      the default tests: no GPU, no network, some minutes
+# make accuracy  the simulator against the live engine on this machine, ten minutes, alone
 # make check     ruff, mypy --strict, the rooms and the sizes
 PYTHON ?= python3
 PORT ?= 8000
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install serve test test-slow check docs clean
+.PHONY: install serve test test-slow accuracy check docs clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/installed
@@ -29,6 +30,9 @@ test: install
 
 test-slow: install
 	@scripts/phase "slow tests" $(BIN)/python -m pytest -m slow
+
+accuracy: install
+	@$(BIN)/python benchmarks/accuracy.py
 
 check: install
 	@scripts/phase "ruff" $(BIN)/ruff check .

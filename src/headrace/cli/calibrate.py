@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from headrace.sim.calibration import Calibration, Origin
     from headrace.sim.measure import Prober, Session
 
-ROWS, CONTEXT, ROUNDS = 32, 512, 3
+ROWS, CONTEXT, ROUNDS = 32, 512, 5
 QUICK = (4, 64, 1)
 _KV_SHARE = 0.7  # of the blocks that documents may fill: decoders need some of their own
 _BAR = 30  # characters
@@ -116,7 +116,7 @@ def open_live(args: argparse.Namespace, phase: Phases) -> Live:
         versions=_versions(),
         at=datetime.fromtimestamp(clock.wall(), UTC).isoformat(timespec="seconds"),
     )
-    return Live(loaded, replace(settings, prefix_cache=True), token_budget(settings, loaded.steps), origin)
+    return Live(loaded, settings, token_budget(settings, loaded.steps), origin)
 
 
 async def _calibrate(live: Live, extent: Extent) -> Calibration:
@@ -129,17 +129,16 @@ async def _calibrate(live: Live, extent: Extent) -> Calibration:
 async def calibrate(live: Live, extent: Extent, bar: Callable[[str, float], None] | None = None) -> Calibration:
     """Measure, fit and cross-validate."""
     from headrace.sim.calibration import FORMAT, Calibration, Point, fit_best
-    from headrace.sim.measure import grouped, host_seconds, probing
+    from headrace.sim.measure import documents, grouped, host_seconds, probing
 
     bar = bar or show
     executor = live.loaded.executor
     extent, sessions = _fitting(live, extent)
     async with probing(executor, live.settings, live.token_budget) as prober:
-        rows = max(map(_rows, sessions))
-        await prober.prepare(rows, extent.context, lambda done: bar("fill the KV that steps read", done / rows))
-        first = len(prober.watch.steps)
+        lengths = documents(sessions)
+        await prober.prepare(lengths, lambda done: bar("fill the KV that steps read", done / len(lengths)))
         await _measure(prober, sessions, extent.rounds, bar)
-        steps = prober.watch.steps[first:]
+    steps = [step for step in prober.watch.steps if step.label is not None]
     measured = grouped(steps)
     row_sizes = executor.linears.rows
     fitted, errors = fit_best([one.sample for one in measured], row_sizes)
@@ -172,11 +171,6 @@ def _fitting(live: Live, extent: Extent) -> tuple[Extent, list[Session]]:
     return replace(extent, rows=rows, context=context), design(rows, context, budget)
 
 
-def _rows(session: Session) -> int:
-    """Documents it needs: one for every request that is there at once."""
-    return len(session.contexts) + max(map(len, session.probes), default=0)
-
-
 async def _measure(prober: Prober, sessions: list[Session], rounds: int, bar: Callable[[str, float], None]) -> None:
     """Every session in every round, in a new order each time: what drifts hits them all alike."""
     order, total = Random(0), rounds * len(sessions)
@@ -198,7 +192,7 @@ def report(calibration: Calibration) -> str:
     spread = sorted(point.spread for point in calibration.points)[len(calibration.points) // 2]
     lines = [
         f"{origin.model}, {origin.dtype} on {origin.device} ({origin.cpu}, {origin.threads} threads)",
-        f"  {len(calibration.points)} points from {repeats} steps; at the median point half of them lie within {spread:.1%}",
+        f"  {len(calibration.points)} points from {repeats} steps, half of them within {spread:.1%} of their point",
         f"  host {1000 * calibration.host_s:.2f} ms a step, {calibration.capacity.blocks:,} blocks of "
         f"{calibration.capacity.block_tokens}, {calibration.token_budget} tokens a step at most",
         "  steps that a fit has not seen are off by      mean  median     p90   worst",

@@ -63,7 +63,7 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     longest: float
     seconds: float
     repeats: int
-    spread: float  # half of what the middle half of the repeats covers, relative to the median
+    spread: float  # half of what the middle half of the repeats covers, relative to its mean
 
     @classmethod
     def of(cls, measured: Measured) -> Point:

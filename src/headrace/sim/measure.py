@@ -17,7 +17,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from random import Random
 from statistics import median
@@ -29,13 +29,15 @@ from headrace.core.events import Event, Planned, StepDone
 from headrace.core.keys import block_keys
 from headrace.core.ports import Capacity, Executor
 from headrace.core.step import Run, StepPlan, StepResult
-from headrace.core.types import FinishReason, HeadraceError, Request, RequestId, Tokens
+from headrace.core.types import HeadraceError, Request, RequestId, Tokens
 from headrace.engine.loop import Engine
 from headrace.engine.scheduler import Scheduler
 from headrace.sim.cost.batch import Batch, Spans, batch_of_plan
 from headrace.sim.cost.fit import Sample
 
 DECODE_STEPS = 4  # of a session before its first probe
+FULL_ROWS = 8  # that decode at the longest context; more decode at a half of it and less, which takes less preparing
+MOST_TOGETHER = 8  # prompts of a probe
 _MOST_NEW = 1 << 12  # a decoder is aborted long before
 _SALT = b"headrace calibrate"
 
@@ -56,7 +58,7 @@ class Session(NamedTuple):
 class Step(NamedTuple):
     """One measured step."""
 
-    label: int  # of the session
+    label: int | None  # of the session; None: outside of any
     batch: Batch
     seconds: float  # until the next plan
     host_s: float  # of these, after the executor was through
@@ -68,11 +70,11 @@ class Watch:
 
     def __init__(self, executor: Executor, windows: tuple[int, ...] = ()) -> None:
         self.steps: list[Step] = []
-        self.label = 0
+        self.label: int | None = None  # of the steps from now on
         self._executor = executor
         self._windows = windows
         self._batch: Batch | None = None  # of the step under way
-        self._label = 0
+        self._label: int | None = None
         self._planned_s = self._done_s = 0.0
         self._more = asyncio.Event()
 
@@ -111,9 +113,9 @@ class Watch:
 class Measured:
     """What a step costs, from several of the same."""
 
-    sample: Sample  # the median
+    sample: Sample  # the mean of the middle half of the repeats: stalls don't count, and few repeats do
     repeats: int
-    spread: float  # half of what the middle half of the repeats covers, relative to the median
+    spread: float  # half of what that middle half covers, relative to its mean
 
 
 class Prober:
@@ -128,11 +130,11 @@ class Prober:
         self._documents: list[tuple[int, ...]] = []
         self._numbers = count()
 
-    async def prepare(self, documents: int, tokens: int, progress: Callable[[int], None] = lambda _: None) -> None:
-        """Put the KV of so many documents into the prefix cache."""
-        for number in range(documents):
+    async def prepare(self, lengths: Sequence[int], progress: Callable[[int], None] = lambda _: None) -> None:
+        """Put the KV of documents of these lengths into the prefix cache."""
+        for number, tokens in enumerate(lengths):
             self._documents.append(self._draw(tokens))
-            await self._read(self._request(number, tokens, 0, 1))
+            await self._read(self._request(number, tokens, 1, 1))
             progress(number + 1)
 
     async def session(self, session: Session, label: int) -> None:
@@ -150,6 +152,7 @@ class Prober:
             for request in requests:
                 self._engine.abort(request.id)
             await asyncio.gather(*decoding)
+            self.watch.label = None
 
     def _request(self, number: int, context: int, tokens: int, most_new: int) -> Request:
         """`context` tokens of a document in the cache, rounded to whole blocks, and `tokens` that nobody knows."""
@@ -165,17 +168,21 @@ class Prober:
         return tuple(self._random.choices(range(self._vocab), k=tokens))
 
     async def _read(self, request: Request) -> None:
+        error = None
         async for output in self._engine.generate(request):
-            if output.finish is FinishReason.ERROR:
-                raise MeasuringFailed(f"a step failed while it was measured: {output.error}")
+            error = output.error or error
+        if error:
+            raise MeasuringFailed(f"what was measured failed: {error}")
 
 
 @asynccontextmanager
 async def probing(
     executor: Executor, settings: EngineSettings, token_budget: int, windows: tuple[int, ...] = ()
 ) -> AsyncIterator[Prober]:
-    """A fresh engine in front of this executor, for as long as it is measured."""
+    """A fresh engine in front of this executor, for as long as it is measured. It runs a few more requests than the
+    settings say, for the probes of a session that has as many decoders."""
     watch = Watch(executor, windows)
+    settings = replace(settings, max_running=settings.max_running + MOST_TOGETHER, prefix_cache=True)
     scheduler = Scheduler(settings, executor.capacity, token_budget=token_budget, observer=watch)
     engine = Engine("calibrate", scheduler, watch)
     serving = asyncio.create_task(engine.run())
@@ -195,13 +202,14 @@ def design(rows: int, context: int, token_budget: int) -> list[Session]:
     lengths = _ladder(token_budget)
     after = [((start, tokens),) for start in (context // 2, context) for tokens in lengths[1::2]]
     sessions = [Session((), tuple(((0, tokens),) for tokens in lengths)), Session((), tuple(after))]
-    turn = count()
-    for decoders in sorted({*(n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n < rows), rows}):
-        for contexts in (_apart(decoders, context), (context,) * decoders, (max(1, context // 8),) * decoders):
-            at, start = next(turn), (0, context // 4, context // 2)[next(turn) % 3]
-            alone = ((start, max(2, lengths[at % len(lengths)] - decoders)),)
-            together = ((0, lengths[at // 2 % 3]),) * (2 + at % 3)
-            sessions.append(Session(contexts, (alone, together) if at % 2 else (alone,)))
+    ladder = sorted({*(n for n in (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192) if n < rows), rows})
+    for at, decoders in enumerate(ladder):
+        alike = context if decoders <= FULL_ROWS and at % 2 else max(1, context // 8)
+        for turn, contexts in enumerate((_apart(decoders, context), (alike,) * decoders)):
+            start, length = (0, context // 4, context // 2)[at % 3], lengths[(2 * at + 3 * turn) % len(lengths)]
+            alone = ((start, max(2, length - decoders)),)
+            together = ((0, lengths[at % 3]),) * (2 + at % 3)
+            sessions.append(Session(contexts, (alone,) if turn else (alone, together)))
     return sessions
 
 
@@ -212,13 +220,26 @@ def _ladder(most: int) -> list[int]:
 
 
 def _apart(decoders: int, context: int) -> tuple[int, ...]:
-    """Contexts from an eighth of the longest up to it: more short ones than long ones."""
+    """Contexts from the longest down to an eighth of it: more short ones than long ones."""
     low = max(1, context // 8)
-    return tuple(low + round((context - low) * (at / max(1, decoders - 1)) ** 2) for at in range(decoders))
+    longest = [low + round((context - low) * (1 - at / max(1, decoders - 1)) ** 2) for at in range(decoders)]
+    return (*longest[:FULL_ROWS], *(min(one, context // 2) for one in longest[FULL_ROWS:]))
+
+
+def documents(sessions: Sequence[Session]) -> list[int]:
+    """Tokens of the documents that the sessions read: as many as there are requests at once."""
+    lengths: dict[int, int] = defaultdict(int)
+    for session in sessions:
+        for at, context in enumerate(session.contexts):
+            lengths[at] = max(lengths[at], context)
+        for probe in session.probes:
+            for at, (context, _) in enumerate(probe, len(session.contexts)):
+                lengths[at] = max(lengths[at], context)
+    return [lengths[at] for at in range(len(lengths))]
 
 
 def grouped(steps: Sequence[Step]) -> list[Measured]:
-    """Steps of the same session and shape become one: the mean of what they computed and the median of their time."""
+    """Steps of the same session and shape become one: what they computed and took on average, without the outliers."""
     groups: dict[tuple[object, ...], list[Step]] = defaultdict(list)
     for step in steps:
         batch = step.batch
@@ -228,9 +249,12 @@ def grouped(steps: Sequence[Step]) -> list[Measured]:
 
 def _measured(group: Sequence[Step]) -> Measured:
     seconds = sorted(step.seconds for step in group)
-    middle, quarter = median(seconds), len(seconds) // 4
-    spread = (seconds[-1 - quarter] - seconds[quarter]) / 2 / middle
-    return Measured(Sample(_mean([step.batch for step in group]), middle), len(group), spread)
+    quarter = len(seconds) // 4
+    half = seconds[quarter : len(seconds) - quarter]
+    middle = sum(half) / len(half)
+    return Measured(
+        Sample(_mean([step.batch for step in group]), middle), len(group), (half[-1] - half[0]) / 2 / middle
+    )
 
 
 def _mean(batches: Sequence[Batch]) -> Batch:
