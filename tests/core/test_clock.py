@@ -109,6 +109,69 @@ def test_sleep_until_reads_the_very_number() -> None:
     assert clock.run(main(), virtual=True) == [0.1, 0.1 + 0.2, 4000.3, 1e9 + 1 / 3, 1e9 + 1 / 3]
 
 
+def test_who_sleeps_alone_does_not_go_round_the_loop() -> None:
+    async def main() -> tuple[list[float], int]:
+        rounds = 0
+
+        def go_round() -> None:
+            nonlocal rounds
+            rounds += 1
+            loop.call_soon(go_round)
+
+        loop, read = asyncio.get_running_loop(), []
+        for when_s in (1.0, 1.5, 1.5):
+            assert clock.jump(when_s)
+            await clock.sleep_until(when_s)
+            read.append(clock.now())
+        go_round()
+        assert not clock.jump(2.0), "somebody is ready"
+        return read, rounds
+
+    assert clock.run(main(), virtual=True) == ([1.0, 1.5, 1.5], 1)
+    assert clock.run(_jumps()) is False
+
+
+async def _jumps() -> bool:
+    return clock.jump(clock.now())
+
+
+def test_who_sleeps_lets_others_go_first_whose_time_comes_no_later() -> None:
+    told: list[str] = []
+
+    async def other() -> None:
+        for _ in range(3):
+            await clock.sleep(1.0)
+            told.append(f"other {clock.now()}")
+
+    async def main() -> None:
+        task = asyncio.create_task(other())
+        await clock.sleep(0)
+        asyncio.get_running_loop().call_at(2.0, told.append, "timer")
+        await clock.sleep_until(2.0)
+        told.append("main 2.0")
+        await clock.sleep(0)
+        await clock.sleep_until(2.5)
+        told.append("main 2.5")
+        await task
+
+    clock.run(main(), virtual=True)
+    assert told == ["other 1.0", "timer", "main 2.0", "other 2.0", "main 2.5", "other 3.0"]
+
+
+def test_cancelling_reaches_a_task_that_sleeps_for_ever() -> None:
+    async def for_ever() -> None:
+        while True:
+            await clock.sleep(1.0)
+
+    async def main() -> float:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(100.5):
+                await for_ever()
+        return clock.now()
+
+    assert clock.run(main(), virtual=True) == 100.5
+
+
 def test_time_that_is_spent_makes_timers_late() -> None:
     async def main() -> tuple[float, float]:
         late = asyncio.get_running_loop().create_future()

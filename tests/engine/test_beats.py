@@ -68,9 +68,12 @@ class BeatsMachine(RuleBasedStateMachine):
         """As far as nobody ends."""
         until_end = min(one.last_tokens - computed for one, computed in self.here.items())
         assert self.beats.until_end() == until_end
-        for _ in range(min(times, until_end)):
-            self.beats.again()
-        self.here = {one: computed + min(times, until_end) for one, computed in self.here.items()}
+        gone = 0
+        for begin in self.beats.again(min(times, until_end)):
+            assert begin == [one for one in self.beats.members if (self.here[one] + gone) % self.size == 0]
+            gone += 1
+        assert gone == min(times, until_end)
+        self.here = {one: computed + gone for one, computed in self.here.items()}
         self.end()
 
     @rule(blocks=st.integers(0, 60), most=st.integers(0, 40))

@@ -9,7 +9,7 @@ from engine_rig import make_request
 
 from headrace.core.types import Overloaded
 from headrace.engine.progress import LEGAL, Progress, State
-from headrace.engine.queue import Bounds, Deadlines, Lines
+from headrace.engine.queue import Bounds, Deadlines, Line, Lines
 
 
 def progress(number: int, **more: object) -> Progress:
@@ -47,6 +47,44 @@ def test_lines_keep_the_order_whatever_the_order_of_arrival() -> None:
     lines.reorder(lambda one: -one.request.arrival_s)
     lines.check()
     assert lines.waiting.members[0].request.arrival_s >= lines.waiting.members[-1].request.arrival_s
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_snapshot_stays_what_it_was(seed: int) -> None:
+    """A line against a sorted list, and every snapshot against a copy."""
+    rng, line, shown = random.Random(seed), Line(), []
+    model: list[Progress] = []
+    for number in range(400):
+        if rng.random() < 0.55:
+            one = progress(number, arrival_s=float(number - rng.choice([0, 0, 0, 30])))
+            line.add(one)
+            model = sorted([*model, one], key=lambda some: some.order)
+        elif model:
+            one = model.pop(0 if rng.random() < 0.8 else rng.randrange(len(model)))
+            line.remove(one)
+        if rng.random() < 0.2:
+            shown.append((line.snapshot(), tuple(model)))
+        assert len(line) == len(model)
+        assert not model or line.first is model[0]
+    line.check()
+    assert line.members == model
+    for snapshot, some in shown:
+        assert (len(snapshot), tuple(snapshot), tuple(snapshot[:3])) == (len(some), some, some[:3])
+        assert not some or snapshot[-1] is some[-1]
+
+
+def test_a_long_line_is_left_and_looked_at_in_constant_time() -> None:
+    line = Line()
+    some = [progress(number) for number in range(5000)]
+    for one in some:
+        line.add(one)
+    moved = 0
+    for one in some:
+        before = line._all
+        assert line.snapshot()[0] is one
+        line.remove(one)
+        moved += len(line._all) if line._all is not before else 0
+    assert moved < 2 * len(some)
 
 
 def test_deadlines_come_in_order_and_do_not_pile_up() -> None:

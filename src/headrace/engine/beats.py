@@ -12,7 +12,7 @@ rows that plans show of it, who begins a block in which beat, and who reaches th
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
 
@@ -69,8 +69,7 @@ class Beats:
 
     def beginners(self) -> list[Progress]:
         """Who needs a block for the next beat, in order."""
-        begins = self._begins[-self.pace.number % len(self._begins)]
-        return sorted(begins, key=by_order) if begins else []
+        return sorted(self._begins[-self.pace.number % len(self._begins)], key=by_order)
 
     def beat(self, apart: Iterable[Progress] = ()) -> tuple[tuple[Decode, ...], int]:
         """Everybody but those `apart` goes on by one token. Returns the rows and the sum of their positions."""
@@ -89,9 +88,11 @@ class Beats:
             self._highest = max((row.offset for row in self._rows), default=-self.pace.number)
         return self._highest + self.pace.number if self._rows else 0
 
-    def again(self) -> None:
-        """The same beat once more."""
-        self.pace.number += 1
+    def again(self, beats: int) -> Iterator[list[Progress]]:
+        """The same beat so often. Yields who needs a block for each, in order, before it goes by."""
+        for _ in range(beats):
+            yield self.beginners()
+            self.pace.number += 1
 
     def until_end(self) -> int | None:
         """Beats after which the first of them reaches its length; None if nobody is here."""

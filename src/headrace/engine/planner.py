@@ -77,7 +77,7 @@ class Planner:
         elif self._startable and not self._patient:
             self._clear_the_way(step)
         lines = self._lines
-        prefilling, waiting = tuple(lines.prefilling.members), tuple(lines.waiting.members)
+        prefilling, waiting = lines.prefilling.snapshot(), lines.waiting.snapshot()
         wishes = self._policies.batch(BatchView(step.now, step.token_budget, step.decoding, prefilling, waiting))
         share = next(wishes, None)
         while share is not None:
@@ -95,18 +95,19 @@ class Planner:
         """Whether anything in the next step depends on who is next: somebody could start, catches up, or has to yield.
         Where nothing does, requests are not sorted anew."""
         lines, free = self._lines, self._memory.pool.free
-        quiet = self._repeatable[False] and not lines.prefilling.members and not self._first_is_stuck
+        quiet = self._repeatable[False] and not lines.prefilling and not self._first_is_stuck
         return not quiet or self._startable or len(lines.decoding.beginners()) > free
 
     @property
     def _startable(self) -> bool:
         """Whether somebody waits and there is a place, or somebody might leave one."""
         lines = self._lines
-        return bool(lines.waiting.members) and (lines.running_count < self._max_running or not self._patient)
+        return bool(lines.waiting) and (lines.running_count < self._max_running or not self._patient)
 
     def _serve_first(self, step: Step) -> None:
         self._first_is_stuck = False
-        first = (self._lines.running() or self._lines.waiting.members)[0]
+        running = self._lines.running()
+        first = running[0] if running else self._lines.waiting.first
         self._serve(first, max(1, step.token_budget - len(step.decoding)), False, step)
 
     def _grant(self, share: Share, step: Step) -> int:
@@ -199,7 +200,7 @@ class Planner:
     def _clear_the_way(self, step: Step) -> None:
         """If the first that waits may not start, those whom the preemption policy names yield to it, provided that it
         may start then. One in a step."""
-        first = self._lines.waiting.members[0]
+        first = self._lines.waiting.first
         hits, running = self._memory.match(first), self._lines.running()
         behind = [other for other in running if other.order > first.order]
         victims: list[Progress] = []
@@ -295,7 +296,7 @@ class Planner:
         """How often the same step may follow itself: as long as the policies would say the same, memory lasts without
         anybody yielding, and nobody reaches its length."""
         lines = self._lines
-        unsettled = step.others or step.preempted or step.beat is None or step.beat.paused or lines.prefilling.members
+        unsettled = step.others or step.preempted or step.beat is None or step.beat.paused or lines.prefilling
         if most == 1 or unsettled or self._first_is_stuck:
             return 1
         if not self._repeatable[self._startable]:
@@ -305,20 +306,20 @@ class Planner:
 
     def repeat(self, run: Run) -> float:
         """The beat was repeated like this; its first repetition is planned already. Returns the integral of the used
-        blocks over the seconds it took."""
+        blocks over the seconds it took. There are enough; executors that repeat need not know which."""
         pool = self._memory.pool
         seconds, used_block_s = run.first_s, pool.used * run.first_s
-        for _ in range(1, run.steps):
-            self.again()
+        for begin in self._lines.decoding.again(run.steps - 1):
+            if begin:
+                self._memory.begin(begin)
             seconds += run.slope_s
             used_block_s += pool.used * seconds
         return used_block_s
 
     def again(self) -> None:
-        """Plan the same beat once more. There are enough blocks; executors that repeat need not know which."""
-        decoding = self._lines.decoding
-        self._memory.begin(decoding.beginners())
-        decoding.again()
+        """Plan the same beat once more."""
+        for begin in self._lines.decoding.again(1):
+            self._memory.begin(begin)
 
     def _make_room(self, progress: Progress, hits: Sequence[Block], own: int, step: Step) -> bool:
         """See that `hits` can be adopted and `own` blocks taken, if need be by preempting requests behind this one that

@@ -7,43 +7,107 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
+from typing import overload
 
 from headrace.core.types import Overloaded, Request, RequestId
 from headrace.engine.beats import Beats, by_order
 from headrace.engine.progress import LEGAL, Progress, State
 
+_MOST_GONE = 64  # kept in a line, whatever its length
 _MEASURED = 64  # admissions that the drain rate looks back on
 _SHORTEST_S, _LONGEST_S = 1.0, 600.0  # what a client may be told to wait
 
 
 class Line:
-    """Requests sorted by `order`, which is unique and must not change while they stand in line."""
+    """Requests sorted by `order`, which is unique and must not change while they stand in line. The first may leave and
+    a new last one join in O(1), and a snapshot costs nothing until somebody else moves.
 
-    __slots__ = ("members",)
+        [ gone | gone | first | ... | last ]
+                      '---- snapshot -----'     stays what it is, for what is gone is not taken out at once
+    """
+
+    __slots__ = ("_all", "_first", "_shown")
 
     def __init__(self) -> None:
-        self.members: list[Progress] = []
+        self._all: list[Progress] = []
+        self._first = 0
+        self._shown = False  # in a snapshot that somebody may hold
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self._all) - self._first
+
+    @property
+    def members(self) -> list[Progress]:
+        return self._all[self._first :]
+
+    @property
+    def first(self) -> Progress:
+        return self._all[self._first]
+
+    def snapshot(self) -> Sequence[Progress]:
+        """Who stands here now, in order."""
+        if self._first == len(self._all):
+            return ()
+        self._shown = True
+        return _Snapshot(self._all, range(self._first, len(self._all)))
 
     def add(self, progress: Progress) -> None:
-        insort(self.members, progress, key=by_order)
+        if self._all and progress.order < self._all[-1].order:
+            self._detach()
+            insort(self._all, progress, key=by_order)
+        else:
+            self._all.append(progress)
 
     def remove(self, progress: Progress) -> None:
-        at = bisect_left(self.members, progress.order, key=by_order)
-        assert self.members[at] is progress, "a request is not where its order says"
-        del self.members[at]
+        if self._all[self._first] is progress:
+            self._first += 1
+            if 2 * self._first > len(self._all) and self._first > _MOST_GONE:
+                self._detach()
+            return
+        self._detach()
+        at = bisect_left(self._all, progress.order, key=by_order)
+        assert self._all[at] is progress, "a request is not where its order says"
+        del self._all[at]
 
     def sort(self) -> None:
         """The orders of the members have changed."""
-        self.members.sort(key=by_order)
+        self._detach()
+        self._all.sort(key=by_order)
 
     def check(self) -> None:
         orders = list(map(by_order, self.members))
         assert orders == sorted(set(orders)), "a line is out of order"
+
+    def _detach(self) -> None:
+        """From those who are gone, and from snapshots."""
+        if self._first or self._shown:
+            self._all, self._first, self._shown = self._all[self._first :], 0, False
+
+
+class _Snapshot(Sequence[Progress]):
+    """A stretch of a list of which nobody changes that stretch."""
+
+    __slots__ = ("_places", "_some")
+
+    def __init__(self, some: list[Progress], places: range) -> None:
+        self._some = some
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[Progress]:
+        return map(self._some.__getitem__, self._places)
+
+    @overload
+    def __getitem__(self, at: int) -> Progress: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Progress]: ...
+    def __getitem__(self, at: int | slice) -> Progress | Sequence[Progress]:
+        places = self._places[at]
+        return self._some[places] if isinstance(places, int) else [self._some[place] for place in places]
 
 
 class Lines:

@@ -300,7 +300,10 @@ class Scheduler:
 
     def _end(self, stopped: list[Progress], now: float) -> list[Output]:
         """End those who stopped and those who reached their length, in order."""
-        reasons = dict.fromkeys(self._lines.decoding.ended(), FinishReason.LENGTH)
+        ended = self._lines.decoding.ended()
+        if not (stopped or ended):
+            return []
+        reasons = dict.fromkeys(ended, FinishReason.LENGTH)
         reasons |= dict.fromkeys(stopped, FinishReason.STOP)
         return [self._finish(progress, reasons[progress], now) for progress in sorted(reasons, key=by_order)]
 

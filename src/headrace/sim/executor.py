@@ -8,6 +8,8 @@ it, as the number of a beat while it decodes. So a step costs what begins and en
 from __future__ import annotations
 
 import asyncio
+import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from heapq import heappop, heappush
 from itertools import count
@@ -95,18 +97,15 @@ class SimulatedExecutor:
         if self._over is None or self._over.done():
             return None
         run, elapsed_s = self._run, clock.now() - self._begun_s
-        low, high = 0, run.steps - 1  # repetitions that are over
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if run.until(middle) < elapsed_s else (low, middle - 1)
-        over = run._replace(steps=low)
+        steps = bisect_left(range(1, run.steps), elapsed_s, key=run.until)  # that are over
+        over = Run(steps, run.first_s, run.slope_s)
         self._begun_s += over.total_s
-        self._first_beat += low
-        self._run = run.after(low)._replace(steps=1)
+        self._first_beat += steps
+        self._run = Run(1, run.first_s + steps * run.slope_s, run.slope_s)
         self._over.set_result(None)
         if self._timer is not None:
             self._timer.cancel()
-        return over if low else None
+        return over if steps else None
 
     async def close(self) -> None:
         self._answers.clear()
@@ -126,7 +125,10 @@ class SimulatedExecutor:
         self._price_of_one = None
         line = self._cost.line(batch, most)
         run = Run(min(line.steps, most), line.first_s, line.slope_s)
-        return run._replace(steps=self._steps_before(run, plan.until_s - self._begun_s))
+        if plan.until_s == math.inf:
+            return run
+        left_s = plan.until_s - self._begun_s  # the first repetition that ends after them is the last
+        return run._replace(steps=1 + bisect_left(range(1, run.steps), left_s, key=run.until))
 
     def _account(self, spent: Spent, steps: int) -> None:
         """Along a line every term is affine in the number of the step, so the middle one is the mean of all."""
@@ -138,14 +140,6 @@ class SimulatedExecutor:
         while ends and not self._holds(ends[0]):
             heappop(ends)
         return ends[0][0] if ends else MOST_STEPS
-
-    def _steps_before(self, run: Run, seconds: float) -> int:
-        """The first repetition that ends after so many seconds, counted from one; all if none does."""
-        low, high = 1, run.steps
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if run.until(middle) >= seconds else (middle + 1, high)
-        return low
 
     async def _repeat(self) -> None:
         """Sleep to the end of all repetitions, or of the one in progress when somebody interrupts."""

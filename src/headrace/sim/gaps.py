@@ -51,7 +51,8 @@ class Gaps:
 
     def decoded(self, event: Decoded) -> None:
         run, joining = event.run, self._joining
-        first_s = event.at_s if run.steps == 1 else event.at_s - run.after(1).total_s  # the end of the first repetition
+        later = run.after(1) if run.steps > 1 else None
+        first_s = event.at_s if later is None else event.at_s - later.total_s  # the end of the first repetition
         left_out = self._leave_out(event.paused) if event.paused else {}
         for last in joining.values():
             self._gap(last, first_s, 1)
@@ -60,8 +61,7 @@ class Gaps:
             self._push(first_s - self._beat_s)
             self.all.add(first_s - self._beat_s, event.requests - len(joining))
         self._number += 1
-        if run.steps > 1 and event.requests:
-            later = run.after(1)
+        if later is not None and event.requests:
             self._push(max(later.first_s, run.after(run.steps - 1).first_s))
             self.all.add_run(later, event.requests)
             self._number += 1

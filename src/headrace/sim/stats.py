@@ -109,7 +109,7 @@ class Stats:
         self._gaps = Gaps()
         self.totals.itl_s = self._gaps.all
         self._hash = blake2b(digest_size=16)
-        self._lines: list[bytes] = []  # not hashed yet
+        self._log = self._hash.update
         self._fold: Mapping[type, Callable[[Any], None]] = {
             StepDone: self._step,
             Planned: self._plan,
@@ -124,8 +124,6 @@ class Stats:
 
     @property
     def digest(self) -> str:
-        self._hash.update(b"".join(self._lines))
-        self._lines.clear()
         return self._hash.hexdigest()
 
     def observe(self, event: Event) -> None:
@@ -162,12 +160,6 @@ class Stats:
 
     def _note(self, kind: bytes, at_s: float, *words: str) -> None:
         self._log(pack("<cd", kind, at_s) + "\0".join(words).encode("utf-8", "surrogatepass"))
-
-    def _log(self, line: bytes) -> None:
-        self._lines.append(line)
-        if len(self._lines) >= 512:
-            self._hash.update(b"".join(self._lines))
-            self._lines.clear()
 
     def _step(self, event: StepDone) -> None:
         totals = self.totals

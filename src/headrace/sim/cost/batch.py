@@ -63,12 +63,13 @@ class Batch(NamedTuple):
         step is a mean of two."""
         spans = tuple(_advanced(span, steps) for span in self.windowed)
         longest = self.longest + steps if self.longest else 0
-        return self._replace(full=_advanced(self.full, steps), windowed=spans, longest=longest)
+        rows, tokens, sampled, decodes, reach, full, *_ = self
+        return Batch(rows, tokens, sampled, decodes, reach, _advanced(full, steps), spans, longest)
 
 
 def _advanced(spans: Spans, steps: float) -> Spans:
-    room = None if spans.room is None else int(spans.room - steps)
-    return spans._replace(decode_context=spans.decode_context + spans.growing * steps, room=room)
+    pairs, prefill, decode, growing, room = spans
+    return Spans(pairs, prefill, decode + growing * steps, growing, None if room is None else int(room - steps))
 
 
 def windows_of(shape: ModelShape) -> tuple[int, ...]:
@@ -121,8 +122,12 @@ def batch_of_plan(plan: StepPlan, windows: tuple[int, ...] = (), layers: int = 0
     already, unless there are windows to look through."""
     if plan.beat is None or windows:
         return _of_work(plan.work, windows, layers)
-    others, rows = _of_work(plan.others, (), layers) if plan.others else Batch(), len(plan.beat.rows)
-    full, context = others.full, plan.beat.context_tokens + rows
+    rows, longest = len(plan.beat.rows), plan.beat.longest_tokens + 1
+    context = plan.beat.context_tokens + rows
+    if not plan.others:
+        return Batch(rows, rows, rows, rows, 0, Spans(0, 0, context, rows), (), longest)
+    others = _of_work(plan.others, (), layers)
+    full = others.full
     return Batch(
         rows=others.rows + rows,
         tokens=others.tokens + rows,
@@ -130,7 +135,7 @@ def batch_of_plan(plan: StepPlan, windows: tuple[int, ...] = (), layers: int = 0
         decodes=others.decodes + rows,
         prefill_reach=others.prefill_reach,
         full=Spans(full.pairs, full.prefill_context, full.decode_context + context, full.growing + rows),
-        longest=max(others.longest, plan.beat.longest_tokens + 1),
+        longest=max(others.longest, longest),
     )
 
 
