@@ -128,6 +128,7 @@ class Row:
     simulated: Metrics
     cached: tuple[int, int]  # tokens found in the prefix cache, live and simulated
     steps: float  # simulated seconds of the live steps over their own, minus 1
+    outside: float  # share of the live steps that the calibration did not cover
     drift: float  # of the reference step since the calibration
     others: float  # of all processor time, meanwhile
     runs: int
@@ -318,7 +319,7 @@ def compare(live: Live, site: Site, asked: Workload, seconds: float, reference_s
         drift = (before_s + clock.run(reference(live))) / 2 / reference_s - 1
     lives, cached_tokens = imagine(site, arrivals, clients)
     spent_s = sum(step.seconds for step in played.steps)
-    priced_s = sum(site.cost.estimate(step.batch).seconds for step in played.steps)
+    priced = [site.cost.estimate(step.batch) for step in played.steps]
     row = Row(
         asked.name,
         len(played.lives),
@@ -326,7 +327,8 @@ def compare(live: Live, site: Site, asked: Workload, seconds: float, reference_s
         Metrics.of(played.lives),
         Metrics.of(lives),
         (played.cached_tokens, cached_tokens),
-        priced_s / spent_s - 1,
+        sum(cost.seconds for cost in priced) / spent_s - 1,
+        sum(cost.extrapolated for cost in priced) / len(priced),
         drift,
         others,
         runs,
@@ -375,8 +377,9 @@ def table(rows: Sequence[Row]) -> str:
 def notes(row: Row) -> str:
     return (
         f"  {row.name}: {row.requests} requests, {row.rate:.2f} a second; prefix cache {row.cached[0]} tokens live, "
-        f"{row.cached[1]} simulated; live steps priced {row.steps:+.1%}; reference {row.drift:+.1%} since the "
-        f"calibration; others used {row.others:.1%} of the machine; run {row.runs}"
+        f"{row.cached[1]} simulated; live steps priced {row.steps:+.1%}, {row.outside:.1%} of them outside the "
+        f"calibrated range; reference {row.drift:+.1%} since the calibration; others used {row.others:.1%} of the "
+        f"machine; run {row.runs}"
     )
 
 
