@@ -22,7 +22,7 @@ from headrace.engine import policy
 from headrace.sim.calibration import load
 from headrace.sim.cost.analytic import Analytic
 from headrace.sim.cost.batch import CostModel, batch_of, windows_of
-from headrace.sim.cost.conventions import CONVENTIONS, HEADRACE, Convention
+from headrace.sim.cost.conventions import CONVENTIONS, Convention
 from headrace.sim.cost.placement import BadPlacement, Formats, Parallel, Placement
 from headrace.sim.executor import MOST_STEPS
 from headrace.sim.hardware import Topology, device, link
@@ -122,16 +122,16 @@ def placement(settings: SimulateSettings) -> Placement:
 
 
 def convention(settings: SimulateSettings) -> Convention:
-    """Ours with the shares that are set; those of other tools count as they count."""
-    chosen = CONVENTIONS[settings.convention]
-    if chosen is not HEADRACE:
-        return chosen
-    return replace(
-        chosen,
-        compute_share=settings.compute_share,
-        memory_share=settings.bandwidth_share,
-        network_share=settings.network_share,
-    )
+    """The one that is named, with the shares that are set."""
+    shares = {
+        "compute_share": settings.compute_share,
+        "memory_share": settings.bandwidth_share,
+        "network_share": settings.network_share,
+    }
+    given: dict[str, Any] = {name: share for name, share in shares.items() if share is not None}
+    if settings.compute_share is not None:
+        given["attained_shares"] = False
+    return replace(CONVENTIONS[settings.convention], **given)
 
 
 def shape_of(name: str) -> ModelShape:

@@ -27,9 +27,9 @@ class SimulateSettings:
     weights: str = setting("bf16", "format of the weights; fp8 and int8 multiply in 8 bits", FORMATS)
     kv: str = setting("bf16", "format of keys and values", FORMATS)
     memory_use: float = setting(0.9, "share of a device's memory for weights and KV")
-    compute_share: float = setting(0.7, "share of the peak FLOP/s that kernels reach")
-    bandwidth_share: float = setting(0.85, "share of the memory bandwidth that kernels reach")
-    network_share: float = setting(0.8, "share of the links' bandwidth that collectives reach")
+    compute_share: float | None = setting(None, "share of the peak FLOP/s that kernels reach, if not the convention's")
+    bandwidth_share: float | None = setting(None, "share of the memory bandwidth, likewise")
+    network_share: float | None = setting(None, "share of the links' bandwidth that collectives reach, likewise")
     host_ms: float = setting(0.5, "what the host adds to every step")
     convention: str = setting(
         "headrace", "what is counted, and how; see docs/simulator.md", ("headrace", "ideal", "genz", "llm-viewer")

@@ -10,7 +10,7 @@ from headrace.core.shape import ModelShape
 from headrace.draw.text import aligned, short, with_ratio
 from headrace.sim.cost.analytic import Analytic
 from headrace.sim.run import Report, Site
-from headrace.sim.scenario import Scenario
+from headrace.sim.scenario import Scenario, convention
 from headrace.sim.sketch import Course, Sketch
 from headrace.sim.stats import Totals
 from headrace.sim.sweep import Sweep, attained
@@ -149,13 +149,11 @@ def notes(scenario: Scenario, site: Site, report: Report) -> list[str]:
 
 
 def _assumed(scenario: Scenario) -> str:
-    settings = scenario.simulate
-    if settings.convention != "headrace":
-        return f"priced as {settings.convention} counts, from the catalogue; nothing was measured"
+    settings, counted = scenario.simulate, convention(scenario.simulate)
     return (
-        f"assumed, not measured: kernels reach {settings.compute_share:.0%} of peak FLOP/s, "
-        f"{settings.bandwidth_share:.0%} of memory and {settings.network_share:.0%} of link bandwidth; "
-        f"the host adds {settings.host_ms:g} ms a step"
+        f"assumed, not measured ({counted.name}): kernels reach {counted.compute_share:.0%} of peak FLOP/s, "
+        f"{counted.memory_share:.0%} of memory and {counted.network_share:.0%} of link bandwidth; "
+        f"the host adds {settings.host_ms:g} ms a step. Published engines were up to a third slower (docs/simulator.md)"
     )
 
 
@@ -226,12 +224,13 @@ def _latencies(totals: Totals) -> list[tuple[str, ...]]:
 
 
 def _part(part: WorkloadSettings) -> str:
-    what = [part.arrivals or (f"{part.trace.name} at its times" if part.trace else "poisson:1")]
-    what.append(f"trace {part.trace.name}" if part.trace and part.arrivals else part.lengths)
-    what += [f"turns {part.turns}"] if part.turns else []
-    what += [f"{part.shared_prefix} tokens shared"] if part.shared_prefix else []
+    """One part of the traffic."""
+    when = part.arrivals or ("at its own times" if part.trace else "poisson:1")
+    what = f"trace {part.trace.name}" if part.trace and part.lengths != "pairs" else part.lengths
+    more = [f"turns {part.turns}"] if part.turns else []
+    more += [f"{part.shared_prefix} tokens shared"] if part.shared_prefix else []
     name = f"{part.tenant}: " if part.tenant else ""
-    return f"{name}{', '.join(what)}, seed {part.seed}"
+    return f"{name}{', '.join([what, when, *more])}, seed {part.seed}"
 
 
 def _slo(scenario: Scenario) -> str:
