@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass, field
-
 import pytest
-from engine_rig import make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_views import View, arriving, play, pool
 
 from headrace.core.config import EngineSettings
-from headrace.core.types import HeadraceError, Request
+from headrace.core.types import HeadraceError
 from headrace.engine.policy import (
     AGEING_S,
     PRIORITY_LEVELS,
     BatchView,
-    PoolView,
     Share,
     choose,
     chunked,
@@ -28,43 +24,6 @@ from headrace.engine.policy import (
     reserve_all,
     token_budget,
 )
-
-
-@dataclass
-class View:
-    """A RequestView by hand."""
-
-    request: Request = field(default_factory=lambda: make_request("view", range(4)))
-    prompt_tokens: int = 10
-    known_tokens: int = 10
-    computed_tokens: int = 0
-    limit_tokens: int = 20
-    held_blocks: int = 0
-    cached_blocks: int = 0
-    queued_s: float = 0.0
-    running: bool = False
-    preemptions: int = 0
-
-
-def arriving(arrival_s: float, level: int = 0) -> View:
-    return View(make_request("view", range(4), arrival_s=arrival_s, priority=level))
-
-
-def pool(**numbers: int) -> PoolView:
-    numbers = {"total_blocks": 100, "free_blocks": 100, "promised_blocks": 0, "reserved_blocks": 0} | numbers
-    return PoolView(block_tokens=4, running=(), **numbers)
-
-
-def play(former: Generator[Share, int, None], granted: list[int]) -> list[Share]:
-    """The wishes of a batch policy that is granted so much for each."""
-    shares = [next(former)]
-    for tokens in granted:
-        try:
-            shares.append(former.send(tokens))
-        except StopIteration:
-            break
-    return shares
-
 
 BATCH = BatchView(0.0, 32, [View()] * 3, [View()], [View()] * 2)
 

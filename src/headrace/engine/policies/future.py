@@ -19,7 +19,7 @@ from headrace.core.types import RequestId
 from headrace.engine.policies.joints import PoolView, RequestView
 from headrace.engine.policies.lengths import Lengths
 
-RESERVED = 0.05  # share of memory kept free against predictions that are too short
+RESERVED = 0.03  # share of memory kept free against predictions that are too short
 MOST_DRAWS = 5
 _GOLDEN = 0.6180339887498949  # multiples of it modulo one are spread as evenly as can be
 
@@ -69,7 +69,7 @@ class PastFuture:
     """Future memory predicted from past lengths: the scheduler of the paper of that name (LightLLM).
 
     Every running request's end is drawn from the past lengths beyond what it has drawn already, the newcomer's from all
-    of them; min(5, 200 / batch + 1) such draws must all fit. W = `length_window` (1000), reserved 5 % of memory. The
+    of them; min(5, 200 / batch + 1) such draws must all fit. W = `length_window` (1000), reserved 3 % of memory. The
     draws follow a golden-ratio sequence instead of a random one: as even, and the same in every replay.
     """
 
