@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
 from headrace.core import clock
@@ -43,15 +43,13 @@ class Feed:
         clients: int,
         every: tuple[Sequence[int], int] | None = None,
     ) -> None:
-        self._arrivals = arrivals
         self._block_tokens = block_tokens
         self._max_new_tokens = max_new_tokens
         self._clients = clients
-        self._every = None if every is None else (frozenset(every[0]), every[1])
+        self._mine = enumerate(arrivals) if every is None else self._apart(arrivals, frozenset(every[0]), every[1])
         self.lengths: dict[RequestId, int] = {}  # output tokens of requests that have been sent and have not ended
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._session_of: dict[RequestId, str] = {}
-        self._number = 0  # of the arrival read next
         self._unsent = 0
         self._exhausted = False
         self._closed = False  # the next arrival waits for a free client
@@ -84,26 +82,25 @@ class Feed:
 
     def _read(self) -> None:
         """Read on to the next arrival, and come back to it when it is due."""
-        for number, arrival in self._mine():
-            self._unsent += 1
-            if arrival.at_s is None:
-                self._closed = True
-                self._at(clock.now() + (arrival.gap_s or 0.0), self._send, number, arrival)
-            else:
-                self._at(arrival.at_s, self._arrive, number, arrival)
+        number, arrival = next(self._mine, (0, None))
+        if arrival is None:
+            self._exhausted = True
+            self._check_done()
             return
-        self._exhausted = True
-        self._check_done()
+        self._unsent += 1
+        if arrival.at_s is None:
+            self._closed = True
+            self._at(clock.now() + (arrival.gap_s or 0.0), self._send, number, arrival)
+        else:
+            self._at(arrival.at_s, self._arrive, number, arrival)
 
-    def _mine(self) -> Iterator[tuple[int, Arrival]]:
-        for arrival in self._arrivals:
-            number = self._number
-            self._number += 1
-            if self._every is None:
-                yield number, arrival
-            elif arrival.at_s is None or arrival.gap_s is not None:
+    @staticmethod
+    def _apart(arrivals: Iterator[Arrival], numbers: Set[int], every: int) -> Iterator[tuple[int, Arrival]]:
+        """Those of some replicas, with their numbers."""
+        for number, arrival in enumerate(arrivals):
+            if arrival.at_s is None or arrival.gap_s is not None:
                 raise NotApart("traffic that waits for answers ties the replicas together; simulate it in one process")
-            elif number % self._every[1] in self._every[0]:
+            if number % every in numbers:
                 yield number, arrival
 
     def _arrive(self, number: int, arrival: Arrival) -> None:
