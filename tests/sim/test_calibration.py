@@ -76,18 +76,27 @@ class Noisy:
 
 
 class Failing:
-    """An executor that computes nothing."""
+    """An executor that computes a few steps and no more."""
 
-    capacity = CAPACITY
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+        self.inner = SimulatedExecutor(CAPACITY, LINEAR, defaultdict(lambda: 1 << 30))
+
+    @property
+    def capacity(self) -> Capacity:
+        return CAPACITY
 
     async def run(self, plan: StepPlan) -> StepResult:
-        raise OSError("the device is gone")
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("the device is gone")
+        return await self.inner.run(plan)
 
     def interrupt(self) -> Run | None:
-        return None
+        return self.inner.interrupt()
 
     async def close(self) -> None:
-        return
+        await self.inner.close()
 
 
 def measure(law: CostModel, rounds: int = 1, rows: int = 12) -> list[Step]:
@@ -155,10 +164,14 @@ def test_a_design_covers_what_it_was_asked_to() -> None:
     assert len(shapes) >= 30
 
 
-def test_a_failing_engine_is_said_to_fail() -> None:
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 5, 9])
+def test_a_failing_engine_is_said_to_fail(steps: int) -> None:
+    """While the cache is filled, while requests decode, and while a probe waits."""
+
     async def main() -> None:
-        async with probing(Failing(), SETTINGS, 128) as prober:
+        async with probing(Failing(steps), SETTINGS, 128) as prober:
             await prober.prepare([64])
+            await prober.session(Session((64, 64), (((0, 8),), ((0, 30),), ((0, 9),))), 0)
 
     with pytest.raises(MeasuringFailed, match="the device is gone"):
         clock.run(main(), virtual=True)

@@ -68,11 +68,10 @@ class Step(NamedTuple):
 class Watch:
     """Stands between an engine and its executor, and listens to its scheduler: an `Executor` and an `Observer`."""
 
-    def __init__(self, executor: Executor, windows: tuple[int, ...] = ()) -> None:
+    def __init__(self, executor: Executor) -> None:
         self.steps: list[Step] = []
         self.label: int | None = None  # of the steps from now on
         self._executor = executor
-        self._windows = windows
         self._batch: Batch | None = None  # of the step under way
         self._label: int | None = None
         self._planned_s = self._done_s = 0.0
@@ -83,7 +82,7 @@ class Watch:
         return self._executor.capacity
 
     async def run(self, plan: StepPlan) -> StepResult:
-        self._batch, self._label = batch_of_plan(plan, self._windows), self.label
+        self._batch, self._label = batch_of_plan(plan), self.label
         return await self._executor.run(plan)
 
     def interrupt(self) -> Run | None:
@@ -142,9 +141,11 @@ class Prober:
         self.watch.label = label
         requests = [self._request(at, context, 1, _MOST_NEW) for at, context in enumerate(session.contexts)]
         decoding = [asyncio.create_task(self._read(request)) for request in requests]
-        if requests:
-            await self.watch.reached(len(self.watch.steps) + DECODE_STEPS)
         try:
+            if requests:
+                enough = asyncio.create_task(self.watch.reached(len(self.watch.steps) + DECODE_STEPS))
+                await asyncio.wait({enough, *decoding}, return_when=asyncio.FIRST_COMPLETED)  # who ends now has failed
+                enough.cancel()
             for probe in session.probes:
                 sent = [self._request(len(requests) + at, *prompt, 1) for at, prompt in enumerate(probe)]
                 await asyncio.gather(*(self._read(request) for request in sent))
@@ -176,12 +177,10 @@ class Prober:
 
 
 @asynccontextmanager
-async def probing(
-    executor: Executor, settings: EngineSettings, token_budget: int, windows: tuple[int, ...] = ()
-) -> AsyncIterator[Prober]:
+async def probing(executor: Executor, settings: EngineSettings, token_budget: int) -> AsyncIterator[Prober]:
     """A fresh engine in front of this executor, for as long as it is measured. It runs a few more requests than the
     settings say, for the probes of a session that has as many decoders."""
-    watch = Watch(executor, windows)
+    watch = Watch(executor)
     settings = replace(settings, max_running=settings.max_running + MOST_TOGETHER, prefix_cache=True)
     scheduler = Scheduler(settings, executor.capacity, token_budget=token_budget, observer=watch)
     engine = Engine("calibrate", scheduler, watch)
