@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +13,11 @@ from policy_views import View, arriving, play, pool
 from headrace.core.config import EngineSettings
 from headrace.core.types import HeadraceError
 from headrace.engine.policy import (
+    ADMISSIONS,
     AGEING_S,
+    BATCHES,
+    ORDERINGS,
+    PREEMPTIONS,
     PRIORITY_LEVELS,
     BatchView,
     Share,
@@ -93,6 +100,15 @@ def test_token_budget_is_the_largest_that_keeps_the_target(target_s: float, base
 
 def test_token_budget_of_a_device_without_cost_is_the_ceiling() -> None:
     assert token_budget(0.1, 0.0, 0.0, ceiling=99) == 99
+
+
+@pytest.mark.parametrize(
+    ("setting", "names"),
+    {"ordering": ORDERINGS, "admission": ADMISSIONS, "batch": BATCHES, "preemption": PREEMPTIONS}.items(),
+)
+def test_the_help_of_a_setting_names_its_policies(setting: str, names: Mapping[str, object]) -> None:
+    text = EngineSettings.__dataclass_fields__[setting].metadata["help"]
+    assert set(names) <= set(re.split(r"[^a-z-]+", text))
 
 
 @pytest.mark.parametrize("setting", ["ordering", "admission", "batch", "preemption"])

@@ -83,6 +83,18 @@ def test_the_correction_of_edd_swaps_the_last_two() -> None:
     assert eddc([Job(1, 5)], 0.0) == [5]
 
 
+def test_the_correction_as_printed_never_helps() -> None:
+    rng, worse = random.Random(4), 0
+    for _ in range(300):
+        jobs = [Job(rng.randint(1, 9), rng.randint(1, 25)) for _ in range(4)]
+        plain = tardiness(jobs, sorted(range(4), key=lambda at: (jobs[at].due_s, jobs[at].service_s)))
+        keys = eddc(jobs, 0.0)
+        corrected = tardiness(jobs, sorted(range(4), key=lambda at: (keys[at], jobs[at].service_s)))
+        assert corrected >= plain
+        worse += corrected > plain
+    assert worse > 10
+
+
 def test_urgency_is_slack() -> None:
     assert slack([Job(2, 10), Job(8, 12)], 3.0) == [8, 4]
 

@@ -88,10 +88,18 @@ class EngineSettings:
     max_queue_requests: int = setting(1024, "waiting requests beyond which new ones are refused with 429")
     max_queue_tokens: int = setting(1_000_000, "waiting prompt tokens beyond which new requests are refused with 429")
     prefix_cache: bool = setting(True, "share the KV of equal prompt prefixes")
-    ordering: str = setting("fcfs", "who is next")
-    admission: str = setting("free-blocks", "when a waiting request may start")
-    batch: str = setting("chunked", "what a step computes")
-    preemption: str = setting("last-arrived", "who yields when memory runs out")
+    ordering: str = setting(
+        "fcfs", "who is next: fcfs, priority, vtc, drr, edd, eddc, mdd, mddc, urgency or prefix-groups"
+    )
+    admission: str = setting(
+        "free-blocks",
+        "when a waiting request may start: free-blocks, reserve-all, past-future, conservative or aggressive",
+    )
+    batch: str = setting("chunked", "what a step computes: chunked, prefill-first, splitfuse, orca, static or filling")
+    preemption: str = setting(
+        "last-arrived",
+        "who yields: last-arrived, when memory runs out, or priority, also to more urgent ones that wait",
+    )
     tenant_weights: str = setting("", "shares under --ordering vtc and drr, as name=weight,...; 1 for all others")
     length_window: int = setting(1000, "answers whose lengths predict those of others, where a policy predicts")
 
