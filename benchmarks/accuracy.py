@@ -396,7 +396,9 @@ def measure(live: Live, args: argparse.Namespace) -> list[Row]:
     print(report(calibration), flush=True)
     if args.store:
         stored.store(calibration, args.store)
-    site, rows = replace(calibration.site(), settings=live.settings), []
+    capacity, budget = live.loaded.executor.capacity, live.token_budget
+    site = replace(calibration.site(), settings=live.settings, capacity=capacity, token_budget=budget)
+    rows = []
     for asked in (one for one in WORKLOADS if args.only in one.name):
         row, played = compare(live, site, asked, args.seconds, mean(references))
         rows.append(row)
