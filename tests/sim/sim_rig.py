@@ -56,6 +56,7 @@ def traffic(seed: int, count: int, rate: float, *, longest: int = 60, cancels: f
             rng.randint(1, longest),
             cancel_s=rng.random() if rng.random() < cancels else None,
             priority=rng.randrange(3),
+            tenant=("", "", "t1", "t2")[number % 4],
         )
 
 

@@ -11,8 +11,8 @@ from sim_rig import MANY, Linear, Watched, traffic
 
 from headrace.core.config import EngineSettings
 from headrace.core.ports import Capacity
-from headrace.core.types import FinishReason
-from headrace.engine.policy import ADMISSIONS, BATCHES, ORDERINGS
+from headrace.core.types import SLO, FinishReason
+from headrace.engine.policy import ADMISSIONS, BATCHES, ORDERINGS, PREEMPTIONS
 from headrace.sim.lives import Lives
 from headrace.sim.sketch import Course, Sketch
 from headrace.sim.spent import Spent
@@ -32,7 +32,10 @@ def both(
     runs = []
     for steps in (MANY, 1):
         watched = Watched(setting, replace(capacity, steps=steps), budget, Linear(line), patience_s=patience_s)
-        runs.append(watched.run(traffic(**traits)))  # type: ignore[arg-type]
+        arrivals = enumerate(traffic(**traits))  # type: ignore[arg-type]
+        runs.append(
+            watched.run(replace(one, slo=SLO(0.1 * (at % 5), 0.01) if at % 3 else None) for at, one in arrivals)
+        )
     return runs
 
 
@@ -64,6 +67,7 @@ def assert_same_totals(fast: Totals, slow: Totals) -> None:
     ordering=st.sampled_from(list(ORDERINGS)),
     admission=st.sampled_from(list(ADMISSIONS)),
     batch=st.sampled_from(list(BATCHES)),
+    preemption=st.sampled_from(list(PREEMPTIONS)),
     prefix_cache=st.booleans(),
     cancels=st.sampled_from([0.0, 0.3]),
     patience_s=st.sampled_from([(), (0.0717, 0.3, 1e9)]),
@@ -72,7 +76,8 @@ def test_the_same_as_stepping(  # type: ignore[no-untyped-def]
     blocks, block_tokens, budget, max_running, rate, seed, line, cancels, patience_s, **policies
 ) -> None:
     capacity = Capacity(blocks if block_tokens > 1 else blocks * 3, block_tokens, 140, 100)
-    setting = EngineSettings(block_tokens=block_tokens, max_running=max_running, max_queue_requests=20, **policies)
+    fair = {"tenant_weights": "t1=3,t2=0.7", "max_queue_requests": 20}
+    setting = EngineSettings(block_tokens=block_tokens, max_running=max_running, **fair, **policies)
     fast, slow = both(capacity, setting, budget, line, patience_s, seed=seed, count=25, rate=rate, cancels=cancels)
     assert fast.story() == slow.story()
     assert fast.blocks() == slow.blocks()
