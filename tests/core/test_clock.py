@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 
 import pytest
 
@@ -80,6 +81,37 @@ def test_deadlock_is_reported_with_the_task_that_waits() -> None:
 
     with pytest.raises(clock.Deadlock, match="waits_forever"):
         clock.run(waits_forever(), virtual=True)
+
+
+def test_time_goes_on_piece_by_piece() -> None:
+    rung: list[float] = []
+
+    async def ring() -> None:
+        while True:
+            await clock.sleep(1.0)
+            rung.append(clock.now())
+
+    async def begin() -> asyncio.Task[None]:
+        return asyncio.create_task(ring())
+
+    with clock.Timeline() as one, clock.Timeline() as other:
+        one.run(begin())
+        one.run(clock.sleep_until(2.5))
+        assert rung == [1.0, 2.0]
+        other.run(clock.sleep_until(9.0))
+        one.run(clock.sleep_until(4.5))
+    assert rung == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_an_interrupt_ends_virtual_time() -> None:
+    async def endless() -> None:
+        while True:
+            await clock.sleep(1.0)
+            if clock.now() == 5.0:
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        clock.run(endless(), virtual=True)
 
 
 def test_threads_are_refused() -> None:

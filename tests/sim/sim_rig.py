@@ -81,7 +81,7 @@ class Watched:
 
     async def _run(self, arrivals: Iterable[Arrival], clients: int) -> None:
         size = self.capacity.block_tokens
-        self.feed = Feed(iter(arrivals), block_tokens=size, max_new_tokens=50, clients=clients)
+        self.feed = Feed(enumerate(arrivals), block_tokens=size, max_new_tokens=50, clients=clients)
         self.executor = SimulatedExecutor(self.capacity, self.cost, self.feed.lengths, spent=self.stats.totals.spent)
         self.scheduler = Scheduler(self.settings, self.capacity, token_budget=self.budget, observer=self)
         engine = Engine("watched", self.scheduler, _Watch(self))

@@ -21,8 +21,8 @@ from headrace.core.events import Admitted, Arrived, Finished
 from headrace.core.ports import Capacity
 from headrace.core.step import StepPlan
 from headrace.core.types import SLO, FinishReason
-from headrace.sim.apart import simulate_apart
-from headrace.sim.cost.batch import Batch, StepCost
+from headrace.sim.apart import in_turns, simulate_apart
+from headrace.sim.cost.batch import Batch, Line, StepCost
 from headrace.sim.executor import SimulatedExecutor
 from headrace.sim.feed import NotApart
 from headrace.sim.run import SimulationFailed, Site, View, least_tokens, simulate
@@ -147,11 +147,43 @@ def test_processes_change_nothing() -> None:
         assert apart.totals.busy_s == together.totals.busy_s
 
 
+@pytest.mark.parametrize("window", [1, 7, 10_000])
+def test_windows_change_nothing(window: int) -> None:
+    together = simulate(traffic(5, 150, 200.0), SITE)
+    parts = in_turns(traffic(5, 150, 200.0), SITE, range(1, 3), window)
+    assert tuple(part.digest for part in parts) == together.digests[1:3]
+    assert in_turns([], SITE, range(3), window)[0].totals.arrived == 0
+
+
+def test_what_goes_wrong_in_a_window_is_said() -> None:
+    broken = replace(SITE, cost=Broken())
+    with pytest.raises(SimulationFailed, match="broken"):
+        in_turns(traffic(5, 20, 200.0), broken, range(3), 2)
+
+
+class Broken:
+    """A price that cannot be told."""
+
+    def estimate(self, batch: Batch) -> StepCost:
+        raise RuntimeError("broken")
+
+    def line(self, batch: Batch, steps: int) -> Line:
+        raise RuntimeError("broken")
+
+
+def test_who_does_not_think_is_in_the_next_step() -> None:
+    """A client that sends again as soon as it has its answer meets an idle replica."""
+    arrivals = [Arrival(None, (Stretch(10),), 3, gap_s=0.0) for _ in range(5)]
+    watched = Watched(EngineSettings(block_tokens=4), CAPACITY).run(arrivals)
+    assert {one.queue_s for one in watched.events if isinstance(one, Admitted)} == {0.0}
+    assert watched.stats.totals.steps == 5 * 3 + 1  # the last tells the executor whom to forget
+
+
 def test_traffic_that_waits_stays_together() -> None:
     def turns() -> list[Arrival]:
         return [Arrival(0.0, (Stretch(5),), 5, session="a"), Arrival(1.0, (Stretch(5),), 5, session="a", gap_s=1.0)]
 
-    with pytest.raises(NotApart, match="one process"):
+    with pytest.raises(NotApart, match="ties the replicas together"):
         simulate_apart(turns, SITE, processes=2)
     assert simulate(turns(), SITE).totals.completed == 2
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -92,15 +93,36 @@ def run(main: Coroutine[Any, Any, T], *, virtual: bool = False) -> T:
     """Run a coroutine to completion, in real or in virtual time."""
     if not virtual:
         return asyncio.run(main)
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        context = copy_context()
-        context.run(_virtual.set, runner.get_loop())  # type: ignore[arg-type]
-        return runner.run(main, context=context)
+    with Timeline() as timeline:
+        return timeline.run(main)
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time starts at 0 and jumps. It keeps its own timers and never looks at a socket. Of asyncio's
-    insides it replaces `_run_once` and uses `_ready`."""
+class Timeline:
+    """Virtual time that is run piece by piece: tasks that a piece has left behind go on with the next."""
+
+    def __init__(self) -> None:
+        self._runner = asyncio.Runner(loop_factory=VirtualLoop)
+        self._context = copy_context()
+        self._context.run(_virtual.set, self._runner.get_loop())  # type: ignore[arg-type]
+
+    def run(self, main: Coroutine[Any, Any, T]) -> T:
+        """Until `main` is complete."""
+        return self._runner.run(main, context=self._context)
+
+    def close(self) -> None:
+        """Cancel what is left."""
+        self._runner.close()
+
+    def __enter__(self) -> Timeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class VirtualLoop(asyncio.BaseEventLoop):
+    """An event loop whose time starts at 0 and jumps. It keeps its own timers and has no socket, not even to itself.
+    Of asyncio's insides it replaces `_run_once` and uses `_ready`."""
 
     def __init__(self) -> None:
         self.virtual_s = 0.0
@@ -165,8 +187,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def run_in_executor(self, *_: object) -> NoReturn:
         raise RuntimeError("threads are refused under virtual time: they would let wall time in")
 
-    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any, **_: Any) -> NoReturn:  # type: ignore[override]
-        raise RuntimeError("threads are refused under virtual time: they would let wall time in")
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        """Only from the loop's own thread, where a signal handler may call it."""
+        if threading.get_ident() != self._thread_id:  # type: ignore[attr-defined]
+            raise RuntimeError("threads are refused under virtual time: they would let wall time in")
+        return self.call_soon(callback, *args, context=context)
 
     def _describe(self) -> str:
         waiting = [f"  {task.get_name()}: {task.get_coro()}" for task in asyncio.all_tasks(self)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from headrace.core import clock
@@ -20,7 +20,7 @@ Send = Callable[[int, Traffic], Engine]  # (number of the request, request) -> w
 
 
 class NotApart(HeadraceError):
-    """This traffic cannot be simulated in several processes."""
+    """This traffic ties the replicas together, so none can be simulated by itself."""
 
 
 @dataclass(slots=True)
@@ -32,25 +32,26 @@ class _Session:
 
 
 class Feed:
-    """Reads arrivals one ahead. With `every` = (numbers, n), only those whose number modulo n is one of the numbers."""
+    """Reads arrivals with their numbers, one ahead. None among them means that the next one is not known yet: `go_on`
+    when it is."""
 
     def __init__(
         self,
-        arrivals: Iterator[Arrival],
+        arrivals: Iterator[tuple[int, Arrival] | None],
         *,
         block_tokens: int,
         max_new_tokens: int,
         clients: int,
-        every: tuple[Sequence[int], int] | None = None,
     ) -> None:
+        self._arrivals = arrivals
         self._block_tokens = block_tokens
         self._max_new_tokens = max_new_tokens
         self._clients = clients
-        self._mine = enumerate(arrivals) if every is None else self._apart(arrivals, frozenset(every[0]), every[1])
         self.lengths: dict[RequestId, int] = {}  # output tokens of requests that have been sent and have not ended
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._session_of: dict[RequestId, str] = {}
         self._unsent = 0
+        self._starved = False
         self._exhausted = False
         self._closed = False  # the next arrival waits for a free client
         self.error: Exception | None = None
@@ -61,6 +62,11 @@ class Feed:
         self._loop = asyncio.get_running_loop()
         self._guarded(self._read)
         for _ in range(self._clients - 1 if self._closed else 0):
+            self._guarded(self._read)
+
+    def go_on(self) -> None:
+        """There are more arrivals."""
+        if self._starved:
             self._guarded(self._read)
 
     def ended(self, request_id: RequestId) -> None:
@@ -82,26 +88,25 @@ class Feed:
 
     def _read(self) -> None:
         """Read on to the next arrival, and come back to it when it is due."""
-        number, arrival = next(self._mine, (0, None))
-        if arrival is None:
+        try:
+            entry = next(self._arrivals)
+        except StopIteration:
             self._exhausted = True
             self._check_done()
             return
+        self._starved = entry is None
+        if entry is None:
+            return
+        number, arrival = entry
         self._unsent += 1
-        if arrival.at_s is None:
-            self._closed = True
-            self._at(clock.now() + (arrival.gap_s or 0.0), self._send, number, arrival)
-        else:
+        if arrival.at_s is not None:
             self._at(arrival.at_s, self._arrive, number, arrival)
-
-    @staticmethod
-    def _apart(arrivals: Iterator[Arrival], numbers: Set[int], every: int) -> Iterator[tuple[int, Arrival]]:
-        """Those of some replicas, with their numbers."""
-        for number, arrival in enumerate(arrivals):
-            if arrival.at_s is None or arrival.gap_s is not None:
-                raise NotApart("traffic that waits for answers ties the replicas together; simulate it in one process")
-            if number % every in numbers:
-                yield number, arrival
+            return
+        self._closed = True
+        if arrival.gap_s:
+            self._at(clock.now() + arrival.gap_s, self._send, number, arrival)
+        else:
+            self._send(number, arrival)  # who does not think is back before the next step is planned
 
     def _arrive(self, number: int, arrival: Arrival) -> None:
         """Send it, or let it wait for the answer before."""

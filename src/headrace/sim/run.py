@@ -9,7 +9,7 @@ another clock and another executor. Arrivals are read as their time comes, so me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import overload
@@ -159,7 +159,8 @@ def simulate(
     """Run the traffic to its end. `seed` is what the traffic was made with, for the report; `clients` is for arrivals
     without times; `observer` sees the events of all replicas. Raises what the traffic or the cost model raises."""
     here = range(site.replicas)
-    return merged(seed, clock.run(run(arrivals, site, here, dispatch, clients, observer), virtual=True))
+    fleet = Fleet(enumerate(arrivals), site, here, dispatch=dispatch, clients=clients, observer=observer)
+    return merged(seed, clock.run(fleet.run(), virtual=True))
 
 
 def merged(seed: int, parts: Sequence[Part]) -> Report:
@@ -170,38 +171,65 @@ def merged(seed: int, parts: Sequence[Part]) -> Report:
     return Report(seed, len(parts), totals, tuple(part.digest for part in parts))
 
 
-async def run(
-    arrivals: Iterable[Arrival],
-    site: Site,
-    here: Sequence[int],
-    dispatch: Dispatch = round_robin,
-    clients: int = 1,
-    observer: Observer | None = None,
-) -> list[Part]:
-    """Under virtual time. Not all replicas need be `here` if their requests are dealt round robin."""
-    feed = Feed(
-        iter(arrivals),
-        block_tokens=site.capacity.block_tokens,
-        max_new_tokens=site.max_new_tokens,
-        clients=clients,
-        every=None if len(here) == site.replicas else (here, site.replicas),
-    )
-    replicas = {number: _Replica(number, site, feed, observer) for number in here}
-    views = _Views(list(replicas.values()))
+class Fleet:
+    """Some replicas of a site under virtual time, and the feed that sends them their requests. Not all of them need be
+    `here` if requests are dealt round robin."""
 
-    def send(number: int, traffic: Traffic) -> Engine:
-        chosen = number % site.replicas if dispatch is round_robin else dispatch(number, traffic.request, views)
-        engine = replicas[chosen].engine
+    def __init__(
+        self,
+        arrivals: Iterator[tuple[int, Arrival] | None],
+        site: Site,
+        here: Sequence[int],
+        *,
+        dispatch: Dispatch = round_robin,
+        clients: int = 1,
+        observer: Observer | None = None,
+    ) -> None:
+        self._feed = Feed(
+            arrivals,
+            block_tokens=site.capacity.block_tokens,
+            max_new_tokens=site.max_new_tokens,
+            clients=clients,
+        )
+        self._of = site.replicas
+        self._replicas = {number: _Replica(number, site, self._feed, observer) for number in here}
+        self._views = _Views(list(self._replicas.values()))
+        self._dispatch = dispatch
+        self._serving: list[asyncio.Task[None]] = []
+
+    async def run(self) -> list[Part]:
+        """From the first arrival to the last answer."""
+        await self.begin()
+        return await self.end()
+
+    async def begin(self) -> None:
+        self._serving = [asyncio.create_task(replica.engine.run()) for replica in self._replicas.values()]
+        self._feed.begin(self._send)
+
+    async def until(self, when_s: float) -> None:
+        """There are more arrivals; go on to this moment."""
+        self._feed.go_on()
+        await clock.sleep_until(when_s)
+        self._check()
+
+    async def end(self) -> list[Part]:
+        """There are no more arrivals; go on until all are answered. Raises what the traffic or the cost model did."""
+        self._feed.go_on()
+        await self._feed.done.wait()
+        await clock.sleep(1.0)  # every executor hears whom to forget
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+        self._check()
+        return [Part(replica.stats.totals, replica.stats.digest) for replica in self._replicas.values()]
+
+    def _send(self, number: int, traffic: Traffic) -> Engine:
+        plain = self._dispatch is round_robin
+        chosen = number % self._of if plain else self._dispatch(number, traffic.request, self._views)
+        engine = self._replicas[chosen].engine
         engine.submit(traffic.request)
         return engine
 
-    serving = [asyncio.create_task(replica.engine.run()) for replica in replicas.values()]
-    feed.begin(send)
-    await feed.done.wait()
-    await clock.sleep(1.0)  # every executor hears whom to forget
-    for task in serving:
-        task.cancel()
-    await asyncio.gather(*serving, return_exceptions=True)
-    if feed.error is not None:
-        raise feed.error
-    return [Part(replica.stats.totals, replica.stats.digest) for replica in replicas.values()]
+    def _check(self) -> None:
+        if self._feed.error is not None:
+            raise self._feed.error

@@ -30,7 +30,7 @@ def answer(scenario: Scenario, processes: int = 1, watch: Watch = iter) -> Repor
     """Simulate it; the result does not depend on the number of processes. `watch` sees the arrivals pass, in every
     process. Raises what the scenario raises."""
     site, seed = scenario.site(), scenario.traffic[0].seed
-    if min(processes, site.replicas) > 1 and scenario.dispatch is round_robin and scenario.traffic[0].clients is None:
+    if site.replicas > 1 and scenario.dispatch is round_robin and scenario.traffic[0].clients is None:
         try:
             return simulate_apart(lambda: watch(scenario.arrivals()), site, processes=processes, seed=seed)
         except NotApart:
