@@ -31,8 +31,9 @@ from headrace.core.types import SLO
 from headrace.sim import calibration as stored
 from headrace.sim.scenario import Scenario
 from headrace.sim.settings import SimulateSettings
+from headrace.sim.slices import Slice, cut
 from headrace.sim.sweep import answer
-from headrace.sim.tune import Slice, Tuned, cut, space, tune
+from headrace.sim.tune import Tuned, space, tune
 from headrace.sim.tuned import config_file, gain, goodput, told
 from headrace.sim.workers import forked
 from headrace.workload import streams
@@ -118,9 +119,11 @@ def kept(life: Life, promise: SLO) -> bool:
 
 def on_this_machine(options: argparse.Namespace, folder: Path) -> list[Row]:
     live = open_live(options, Phases())
+    live = replace(live, settings=replace(live.settings, token_budget=live.token_budget))  # as derived, said aloud
     calibration = options.calibration or folder / "calibration.json"
     if not options.calibration:
-        stored.store(clock.run(calibrate(live, Extent(options.rows, options.longest, 3))), calibration)
+        wide = replace(live, token_budget=max(live.token_budget, options.tokens))  # larger steps may be found
+        stored.store(clock.run(calibrate(wide, Extent(options.rows, options.longest, 3))), calibration)
     scaled(options.trace, folder / "scaled.jsonl", options)
     scenario = scenario_of(live, calibration, folder / "scaled.jsonl", options)
     found, tuned_text = search(scenario, options)
@@ -162,11 +165,12 @@ def parser() -> argparse.ArgumentParser:
     group = top.add_argument_group("live half")
     group.add_argument("--calibration", type=Path, help="of this machine, by `headrace calibrate`")
     group.add_argument("--rows", type=int, default=48, help="most requests side by side that are calibrated")
+    group.add_argument("--tokens", type=int, default=512, help="of the largest step that is calibrated")
     group.add_argument("--scale", type=float, default=1 / 16, help="of prompts and answers")
     group.add_argument("--longest", type=int, default=384, help="tokens of a prompt, after scaling")
     group.add_argument("--requests", type=int, default=5000, help="of the trace, at most")
     group.add_argument("--seconds", type=float, default=400.0, help="of traffic, both slices together")
-    group.add_argument("--load", type=float, default=0.9, help="share of what a crowd is served at")
+    group.add_argument("--load", type=float, default=0.7, help="share of what a crowd is served at")
     group.add_argument("--slo", default="ttft=1.5,tpot=0.2", help="of the scaled requests")
     group.add_argument("--runs", type=int, default=2, help="of each setting")
     return top

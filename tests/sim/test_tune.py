@@ -21,18 +21,15 @@ from headrace.core.types import HeadraceError
 from headrace.engine import policy
 from headrace.sim.scenario import Scenario
 from headrace.sim.settings import SimulateSettings
+from headrace.sim.slices import KEEP, LEAST_REQUESTS, Slice, cut
 from headrace.sim.sweep import answer, attained
 from headrace.sim.tune import (
-    KEEP,
-    LEAST_REQUESTS,
     Axis,
     Score,
-    Slice,
     Trials,
     Tuned,
     changed,
     climb,
-    cut,
     halve,
     judged,
     plain,
@@ -218,8 +215,10 @@ def test_goodput_cannot_be_bought(bought: Score) -> None:
         return bought if engine.batch == "static" else Score(50, 0.5, completed=100)
 
     scenario = asked()
-    tuned = tune(scenario, [BATCH], cut(scenario, 0.4), landscape(market), budget=20)
+    heard: list[str] = []
+    tuned = tune(scenario, [BATCH], cut(scenario, 0.4), landscape(market), budget=20, heard=heard.append)
     assert tuned.candidate == scenario.engine
+    assert any("beyond what was calibrated" in line for line in heard) == (bought.extrapolated > 0)
 
 
 def test_settings_that_cannot_be_simulated_at_all_say_why() -> None:

@@ -53,6 +53,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from headrace.cli.simulate import scenario_of
     from headrace.sim import tune, tuned
+    from headrace.sim.slices import cut
     from headrace.sim.workers import forked
 
     _check(args)
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     axes = tune.space(scenario, fixed(args), stated=args.stated)
     if not axes:
         raise BadSetting("every setting is fixed by a flag; leave out those that may be searched")
-    slices = tune.cut(scenario, args.held_out)
+    slices = cut(scenario, args.held_out)
     processes = args.processes or os.cpu_count() or 1
     seed = scenario.traffic[0].seed
     found = tune.tune(scenario, axes, slices, forked(processes), budget=args.budget, seed=seed, heard=_say)

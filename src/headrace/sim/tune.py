@@ -13,29 +13,25 @@ Owns the trials of one search; a simulation is a function of settings and slice,
 from __future__ import annotations
 
 import math
-from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from random import Random
 from typing import NamedTuple
 
 import msgspec
 
-from headrace.core.config import BadSetting, EngineSettings
+from headrace.core.config import EngineSettings
 from headrace.core.types import HeadraceError
 from headrace.engine import policy
 from headrace.sim.scenario import Scenario
+from headrace.sim.slices import KEEP, Slice, Slices
 from headrace.sim.sweep import answer, attained
 from headrace.sim.workers import Each
 from headrace.workload import streams
 
-LEAST_REQUESTS = 20  # in a slice that decides anything
-SCREENING_REQUESTS = 60  # in a slice that only sorts out the worst
-KEEP = 3  # one of so many goes on to the next round
-ROUNDS = 3
 UNTRUSTED = 0.05  # share of time in steps beyond what was calibrated that is not held against a candidate
 SAME = 0.001  # share of the requests that makes no difference worth a changed setting
 SAME_TTFT = 0.02  # and of the p99 TTFT
@@ -97,71 +93,6 @@ def _among(values: tuple[int, ...], start: int | None, size: int) -> tuple[Value
 def _starting(axis: Axis, value: Value) -> Axis:
     """What a search starts from is part of the space."""
     return axis if value in axis.values else axis._replace(values=(value, *axis.values))
-
-
-# -- slices ------------------------------------------------------------------------------------------------------------
-
-
-class Slice(NamedTuple):
-    """Traffic from here to there, in seconds."""
-
-    start_s: float
-    end_s: float
-
-    @property
-    def seconds(self) -> float:
-        return self.end_s - self.start_s
-
-
-@dataclass(frozen=True, slots=True)
-class Slices:
-    """How traffic is divided. The rounds are pieces of the train slice, the last one is all of it."""
-
-    rounds: tuple[Slice, ...]
-    held_out: Slice
-
-    @property
-    def train(self) -> Slice:
-        return self.rounds[-1]
-
-
-def cut(scenario: Scenario, held_out: float) -> Slices:
-    """The last share `held_out` of the time is for the verdict. Raises BadSetting for traffic that has no times, no
-    promises, or too few requests."""
-    times, tokens, promised = array("d"), array("q", [0]), False
-    for arrival in scenario.arrivals():
-        if arrival.at_s is None:
-            raise BadSetting("a closed loop has no times to divide; give --arrivals with a rate, such as poisson:6")
-        times.append(arrival.at_s)
-        tokens.append(tokens[-1] + arrival.prompt_tokens + arrival.output_tokens)
-        promised = promised or arrival.slo is not None
-    if not promised:
-        raise BadSetting("tuning is for requests that keep their promises; say which with --slo, such as ttft=1.0")
-    if not times:
-        raise BadSetting(_TOO_FEW)
-    first_s, last_s = times[0], math.nextafter(times[-1], math.inf)
-    middle_s = last_s - held_out * (last_s - first_s)
-    train, last = Slice(first_s, middle_s), Slice(middle_s, last_s)
-    trained = bisect_left(times, middle_s)
-    if min(trained, len(times) - trained) < LEAST_REQUESTS:
-        raise BadSetting(_TOO_FEW)
-    pieces = (KEEP**power for power in range(ROUNDS - 1, 0, -1))
-    rounds = (_busiest(train, parts, times, tokens) for parts in pieces if trained >= parts * SCREENING_REQUESTS)
-    return Slices((*rounds, train), last)
-
-
-_TOO_FEW = f"too little traffic: both slices need {LEAST_REQUESTS} requests; give more --requests or a longer --trace"
-
-
-def _busiest(whole: Slice, parts: int, times: Sequence[float], tokens: Sequence[int]) -> Slice:
-    """Of so many equal pieces, the one with the most tokens: where nothing is missed, nothing is learned."""
-    edges = [whole.start_s + part * whole.seconds / parts for part in range(parts)] + [whole.end_s]
-    pieces = [Slice(*pair) for pair in pairwise(edges)]
-
-    def load(piece: Slice) -> int:
-        return tokens[bisect_left(times, piece.end_s)] - tokens[bisect_left(times, piece.start_s)]
-
-    return max(pieces, key=load)
 
 
 # -- trials ------------------------------------------------------------------------------------------------------------
@@ -254,8 +185,16 @@ class Trials:
     def fair(self, found: Score, piece: Slice) -> bool:
         """Whether goodput was not bought by refusing more, nor seen only where nobody measured."""
         given = self._scores[self.start, piece]
-        trusted = found.extrapolated <= max(UNTRUSTED, given.extrapolated)
-        return not found.failed and trusted and found.refused <= given.refused and found.completed >= given.completed
+        kept = found.refused <= given.refused and found.completed >= given.completed
+        return not found.failed and kept and self._trusted(found, piece)
+
+    def _trusted(self, found: Score, piece: Slice) -> bool:
+        return found.extrapolated <= max(UNTRUSTED, self._scores[self.start, piece].extrapolated)
+
+    @property
+    def untrusted(self) -> int:
+        """Simulations that say nothing, because too many of their steps are beyond what was calibrated."""
+        return sum(not self._trusted(found, piece) for (_, piece), found in self._scores.items())
 
 
 def changed(one: EngineSettings, other: EngineSettings) -> tuple[str, ...]:
@@ -263,6 +202,10 @@ def changed(one: EngineSettings, other: EngineSettings) -> tuple[str, ...]:
     names = EngineSettings.__dataclass_fields__
     return tuple(name for name in names if getattr(one, name) != getattr(other, name))
 
+
+_BEYOND = (
+    "went beyond what was calibrated and were set aside; headrace calibrate --rows and --token-budget measure more"
+)
 
 # -- search ------------------------------------------------------------------------------------------------------------
 
@@ -370,6 +313,8 @@ def tune(
     best = halve(trials, axes, slices, rng, heard)
     best = climb(trials, axes, best, slices.train, rng, heard)
     best = plain(trials, best, slices.train)
+    if trials.untrusted:
+        heard(f"{trials.untrusted} of {trials.count} simulations {_BEYOND}")
     names, last = changed(scenario.engine, best), slices.held_out
     undone = [replace(best, **{name: getattr(scenario.engine, name)}) for name in names]
     trials.ask([best, *undone], last)

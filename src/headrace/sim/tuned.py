@@ -11,8 +11,9 @@ from dataclasses import fields
 from headrace.core.config import EngineSettings
 from headrace.draw.text import aligned, short
 from headrace.sim.scenario import Scenario
+from headrace.sim.slices import Slice
 from headrace.sim.table import load, subject
-from headrace.sim.tune import Axis, Change, Score, Slice, Tuned, Value
+from headrace.sim.tune import Axis, Change, Score, Tuned, Value
 
 FULL = 0.999  # share of the requests: where so many keep their SLO, there is little to gain
 
