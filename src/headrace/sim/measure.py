@@ -38,6 +38,7 @@ from headrace.sim.cost.fit import Sample
 DECODE_STEPS = 4  # of a session before its first probe
 FULL_ROWS = 8  # that decode at the longest context; more decode at a half of it and less, which takes less preparing
 MOST_TOGETHER = 8  # prompts of a probe
+LONGEST = 3  # times the median: what a repeat counts as at most
 _MOST_NEW = 1 << 12  # a decoder is aborted long before
 _SALT = b"headrace calibrate"
 
@@ -79,7 +80,8 @@ class Watch:
 
     @property
     def capacity(self) -> Capacity:
-        return self._executor.capacity
+        """Whatever the batch policy, steps that are measured compute the same rows in all layers."""
+        return replace(self._executor.capacity, layers=1)
 
     async def run(self, plan: StepPlan) -> StepResult:
         self._batch, self._label = batch_of_plan(plan), self.label
@@ -112,9 +114,9 @@ class Watch:
 class Measured:
     """What a step costs, from several of the same."""
 
-    sample: Sample  # the mean of the middle half of the repeats: stalls don't count, and few repeats do
+    sample: Sample  # the mean of the repeats, stalls and all, for a queue feels them; none counts as more than LONGEST
     repeats: int
-    spread: float  # half of what that middle half covers, relative to its mean
+    spread: float  # half of what the middle half of the repeats covers, relative to the mean
 
 
 class Prober:
@@ -238,7 +240,7 @@ def documents(sessions: Sequence[Session]) -> list[int]:
 
 
 def grouped(steps: Sequence[Step]) -> list[Measured]:
-    """Steps of the same session and shape become one: what they computed and took on average, without the outliers."""
+    """Steps of the same session and shape become one: what they computed and took on average."""
     groups: dict[tuple[object, ...], list[Step]] = defaultdict(list)
     for step in steps:
         batch = step.batch
@@ -248,12 +250,10 @@ def grouped(steps: Sequence[Step]) -> list[Measured]:
 
 def _measured(group: Sequence[Step]) -> Measured:
     seconds = sorted(step.seconds for step in group)
-    quarter = len(seconds) // 4
-    half = seconds[quarter : len(seconds) - quarter]
-    middle = sum(half) / len(half)
-    return Measured(
-        Sample(_mean([step.batch for step in group]), middle), len(group), (half[-1] - half[0]) / 2 / middle
-    )
+    most, quarter = LONGEST * median(seconds), len(seconds) // 4
+    mean = sum(min(one, most) for one in seconds) / len(seconds)
+    covered = seconds[len(seconds) - quarter - 1] - seconds[quarter]
+    return Measured(Sample(_mean([step.batch for step in group]), mean), len(group), covered / 2 / mean)
 
 
 def _mean(batches: Sequence[Batch]) -> Batch:
