@@ -359,6 +359,12 @@ def test_no_name_breaks_out_of_a_comment() -> None:
     assert "# batch = 'static'" in text
 
 
+def test_the_file_says_what_traffic_it_is_for() -> None:
+    text = config_file(asked(speed=2.0, seed=7), TOY, of(DEFAULT, DEFAULT))
+    assert "# traffic: arrivals poisson:4, slo ttft=1.0, requests 120, speed 2.0, seed 7\n" in text
+    assert "llama-3.1-8b" in text
+
+
 def test_reasons_say_what_each_change_is_worth() -> None:
     tuned = found(asked(EngineSettings(max_running=1), lengths="100,50"), [RUNNING], 20)
     (reason,) = (line for line in told(tuned).splitlines() if "max_running = " in line)

@@ -12,8 +12,9 @@ from headrace.core.config import EngineSettings
 from headrace.draw.text import aligned, short
 from headrace.sim.scenario import Scenario
 from headrace.sim.slices import Slice
-from headrace.sim.table import load, subject
+from headrace.sim.table import subject
 from headrace.sim.tune import Axis, Change, Score, Tuned, Value
+from headrace.workload.settings import WorkloadSettings
 
 FULL = 0.999  # share of the requests: where so many keep their SLO, there is little to gain
 
@@ -78,17 +79,22 @@ def _comments(lines: Sequence[str]) -> list[str]:
 
 
 def _origin(scenario: Scenario, tuned: Tuned) -> list[str]:
-    promises = {part.slo or "those of the trace" for part in scenario.traffic}
     return [
         "Written by `headrace tune`.",
         subject(scenario, scenario.site()),
-        f"{load(scenario)}; SLO {' or '.join(sorted(promises))}",
+        *(f"traffic: {_said(part, WorkloadSettings())}" for part in scenario.traffic),
         f"{tuned.simulations} simulations",
         "",
         *_table(tuned),
         "",
         *verdict(tuned),
     ]
+
+
+def _said(settings: WorkloadSettings, usual: WorkloadSettings) -> str:
+    """What is not as usual, enough to make the same traffic again."""
+    given = ((field.name, getattr(settings, field.name)) for field in fields(settings))
+    return ", ".join(f"{name} {value}" for name, value in given if value != getattr(usual, name)) or "as usual"
 
 
 def _table(tuned: Tuned) -> list[str]:
