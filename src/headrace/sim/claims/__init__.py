@@ -1,0 +1,102 @@
+"""Published claims that are asked again: one module per system, `claim` for what one is, `told` for how it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from headrace.sim.claims import (
+    batchllm,
+    distserve,
+    due_dates,
+    fair_share,
+    fastswitch,
+    flexllm,
+    hexgen,
+    layered,
+    nanoflow,
+    orca,
+    paging,
+    past_future,
+    reasoning,
+    sarathi,
+    splitfuse,
+    tokenweave,
+)
+from headrace.sim.claims.claim import Claim, Missing
+
+_MODULES = (
+    orca,
+    paging,
+    sarathi,
+    splitfuse,
+    distserve,
+    past_future,
+    fair_share,
+    batchllm,
+    due_dates,
+    flexllm,
+    hexgen,
+    layered,
+    nanoflow,
+    tokenweave,
+    fastswitch,
+    reasoning,
+)
+CLAIMS: Mapping[str, Claim] = {claim.name: claim for module in _MODULES for claim in module.CLAIMS}
+
+NOT_YET = (
+    Missing(
+        "FastSwitch",
+        "The tail of TTFT (p95 to p99.9) is 1.4 to 5.8 times shorter than in vLLM 0.3.3, throughput up to 1.44 times.",
+        "A swap tier: preemption here computes again. `fastswitch-copies` judges the mechanism alone.",
+    ),
+    Missing(
+        "semi-PD",
+        "1.55 times the rate of chunked prefill (1,024) at 90 % of the SLO on Llama-3-8B, 1.72 of vLLM-D, 1.62 of "
+        "DistServe.",
+        "Two lanes on one device with shares of its processors.",
+    ),
+    Missing(
+        "Nexus",
+        "Up to 2.2 times the throughput, 20 times shorter TTFT and 2.5 times shorter TBT than vLLM; p95 TTFT gets "
+        "worse.",
+        "Two lanes; and its equations: alpha, beta and the form of its saturation were not published where we could "
+        "read.",
+    ),
+    Missing(
+        "Layered prefill",
+        "Mean TTFT -30 %, TPOT -23 %, end to end -28 % on Qwen3-30B-A3B, 2 H100, against chunks of 512.",
+        "A batch former over ranges of layers. Its expert traffic is judged above.",
+    ),
+    Missing(
+        "Sarathi-Serve",
+        "Falcon-180B on 8 A100 (tensor 4, pipeline 2, 100 GbE): 5.6 times the load of vLLM.",
+        "Several micro-batches in flight between stages: the gain is mostly that of even ones.",
+    ),
+    Missing(
+        "DistServe",
+        "Tensor 2 for prefill and 1 for decode is best for OPT-13B at 200/100 ms: 1.56 requests a second and device.",
+        "Roles of replicas, and the hand-over of KV between them.",
+    ),
+    Missing(
+        "HexGen-Flow",
+        "1.41 times shorter deadlines and 1.65 times the throughput of vLLM on unlike devices.",
+        "Replicas of different devices in one simulation, and its workload: the traces carry no licence. "
+        "`hexgen-urgency` judges the queue alone.",
+    ),
+    Missing(
+        "Llumnix",
+        "P99 prefill latency up to 15 times shorter, 36 % cheaper at equal P99, 20 to 30 ms of downtime a migration.",
+        "Migration between replicas.",
+    ),
+    Missing(
+        "Vidur",
+        "Within 9 % of measured latency.",
+        "Somebody who measures: its kernels' profiles are those of Sarathi-Serve, and this machine has no such device.",
+    ),
+    Missing(
+        "NanoFlow, TokenWeave, T3",
+        "What interference leaves of an overlap.",
+        "Measured pairs of kernels that share a device; rooflines overlap for free.",
+    ),
+)
