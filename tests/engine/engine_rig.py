@@ -52,8 +52,17 @@ def make_request(
 class Rig:
     """A scheduler, the strict executor, and everything that came out."""
 
-    def __init__(self, blocks: int = 64, budget: int = 32, *, block_tokens: int = 4, context: int = 64, **more: Any):
-        self.capacity = Capacity(blocks, block_tokens, min(context, blocks * block_tokens), vocab=50)
+    def __init__(
+        self,
+        blocks: int = 64,
+        budget: int = 32,
+        *,
+        block_tokens: int = 4,
+        context: int = 64,
+        layers: int = 1,
+        **more: Any,
+    ) -> None:
+        self.capacity = Capacity(blocks, block_tokens, min(context, blocks * block_tokens), vocab=50, layers=layers)
         policies = {name: more.pop(name) for name in list(more) if callable(more[name])}
         settings = EngineSettings(block_tokens=block_tokens, **more)
         self.recorder = Recorder()

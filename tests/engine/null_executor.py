@@ -1,6 +1,6 @@
-"""An executor that computes nothing and believes nothing: it keeps, for every slot of every block, the exact tokens
-that a real one would have made KV from, and verifies each plan against them. Its tokens depend on the request's own
-prefix only, so whatever the scheduler does, a request must get the tokens it would get alone."""
+"""An executor that computes nothing and believes nothing: it keeps, for every slot of every block in every layer, the
+exact tokens that a real one would have made KV from, and verifies each plan against them. Its tokens depend on the
+request's own prefix only, so whatever the scheduler does, a request must get the tokens it would get alone."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ class Known:
     token_ids: list[int]
     blocks: list[Block]
     computed: int
+    pending: tuple[int, int, int] | None = None  # (start, tokens, layers passed) of what is on its way
     computed_once: list[int] = field(default_factory=list)  # positions, since this admission
 
 
@@ -59,7 +60,7 @@ class NullExecutor:
         self.step_s = step_s
         self.failing = failing
         self.known: dict[RequestId, Known] = {}
-        self.slots: dict[tuple[Block, int], Prefix] = {}
+        self.slots: dict[tuple[Block, int, int], Prefix] = {}  # (block, offset, layer)
         self.plans: list[StepPlan] = []
         self.computed_tokens = 0
         self.forgotten: set[RequestId] = set()  # in failed steps: the scheduler may still ask to forget them
@@ -84,7 +85,9 @@ class NullExecutor:
         size = self._capacity.block_tokens
         for work in plan.work:
             for position in range(work.start, work.start + work.tokens):
-                self.slots.pop((self.known[work.request_id].blocks[position // size], position % size), None)
+                for layer in range(self._capacity.layers):
+                    slot = (self.known[work.request_id].blocks[position // size], position % size, layer)
+                    self.slots.pop(slot, None)
         self.forgotten |= set(self.known)
         self.known.clear()
 
@@ -105,6 +108,7 @@ class NullExecutor:
         self._check_writers(plan)
         for work in plan.work:  # all writes before all reads, as within a layer
             self._write(work)
+            self._go_on(work)
         for known in self.known.values():
             self._read(known)
         return StepResult(
@@ -127,6 +131,11 @@ class NullExecutor:
     def _extend_table(self, work: Work) -> None:
         known = self.known[work.request_id]
         size = self._capacity.block_tokens
+        first, last = work.layers or (0, self._capacity.layers)
+        assert 0 <= first < last <= self._capacity.layers
+        if known.pending or first:
+            assert known.pending == (work.start, work.tokens, first), "other tokens than those that came to this layer"
+            assert not work.new_blocks and not work.replaced_blocks
         for at, block in work.replaced_blocks:
             assert known.blocks[at] != block
             known.blocks[at] = block
@@ -138,7 +147,7 @@ class NullExecutor:
         end = work.start + work.tokens
         assert work.tokens >= 1
         assert end <= len(known.token_ids), "computed a token nobody knows"
-        assert work.sample == (end == len(known.token_ids))
+        assert work.sample == (end == len(known.token_ids) and last == self._capacity.layers)
         assert len(known.blocks) == -(-end // size), "the table is too short or too long"
         assert len(set(known.blocks)) == len(known.blocks), "a table names a block twice"
         assert all(0 <= block < self._capacity.blocks for block in known.blocks)
@@ -162,18 +171,30 @@ class NullExecutor:
         known, size = self.known[work.request_id], self._capacity.block_tokens
         made = prefixes(known.token_ids[: work.start + work.tokens])
         for position in range(work.start, work.start + work.tokens):
-            self.slots[known.blocks[position // size], position % size] = made[position]
-            known.computed_once.append(position)
+            for layer in range(*(work.layers or (0, self._capacity.layers))):
+                self.slots[known.blocks[position // size], position % size, layer] = made[position]
+
+    def _go_on(self, work: Work) -> None:
+        """Once the last layer has computed them, tokens are computed."""
+        known, end = self.known[work.request_id], work.start + work.tokens
+        if work.layers is not None and work.layers[1] < self._capacity.layers:
+            known.pending = (work.start, work.tokens, work.layers[1])
+            return
+        known.computed_once += range(work.start, end)
         assert len(set(known.computed_once)) == len(known.computed_once), "a position was computed twice"
-        known.computed = work.start + work.tokens
+        known.computed, known.pending = end, None
         self.computed_tokens += work.tokens
 
     def _read(self, known: Known) -> None:
-        """Attention reads every computed position through the table: it must find exactly its own prefix."""
+        """Attention reads every computed position through the table, and those on their way in the layers that they
+        passed: it must find exactly its own prefix."""
         size = self._capacity.block_tokens
-        expected = prefixes(known.token_ids[: known.computed])
-        found = [self.slots.get((known.blocks[at // size], at % size)) for at in range(known.computed)]
-        assert found == expected, f"{known.request.id} reads KV that is not its own"
+        start, tokens, passed = known.pending or (0, 0, 0)
+        expected = prefixes(known.token_ids[: max(known.computed, start + tokens)])
+        for layer in range(self._capacity.layers):
+            end = start + tokens if layer < passed else known.computed
+            found = [self.slots.get((known.blocks[at // size], at % size, layer)) for at in range(end)]
+            assert found == expected[:end], f"{known.request.id} reads KV that is not its own"
 
     def _sample(self, work: Work) -> Sampled:
         known = self.known[work.request_id]
@@ -183,7 +204,7 @@ class NullExecutor:
 
     def _prompt_logprobs(self, work: Work) -> tuple[TokenLogprob, ...]:
         known = self.known[work.request_id]
-        if known.request.sampling.prompt_logprobs is None:
+        if known.request.sampling.prompt_logprobs is None or known.pending:
             return ()
         last = min(work.start + work.tokens, known.request.prompt_tokens - 1)
         return tuple(TokenLogprob(known.token_ids[at], -float(at)) for at in range(work.start + 1, last + 1))

@@ -20,6 +20,7 @@ class View:
     prompt_tokens: int = 10
     known_tokens: int = 10
     computed_tokens: int = 0
+    pending_tokens: int = 0
     limit_tokens: int = 20
     held_blocks: int = 0
     cached_blocks: int = 0

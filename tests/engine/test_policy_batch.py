@@ -136,6 +136,101 @@ def test_filler_starts_only_while_nobody_waits_and_alone_gets_everything() -> No
     assert (alone[-1].requests, alone[-1].tokens) == ([fill], 16)
 
 
+# -- layer groups ------------------------------------------------------------------------------------------------------
+
+
+def layers_of(rig: Rig, count: int) -> list[dict[str, Any]]:
+    """Who goes through which layers in each of so many steps."""
+    before = len(rig.plans)
+    steps(rig, count)
+    return [{work.request_id: work.layers for work in plan.work} for plan in rig.plans[before:]]
+
+
+def test_a_prompt_goes_through_the_layers_group_by_group_while_others_decode() -> None:
+    """41 tokens, 15 beside a decode: n = floor(15 * 8 / 41) = 2 of 8 layers a step, and the token with the last."""
+    rig = Rig(512, 16, batch="layered", layers=8, context=128)
+    rig.add(make_request("a", prompt(4, 1), 30))
+    steps(rig, 1)
+    rig.add(make_request("long", prompt(41, 2), 5))
+    assert layers_of(rig, 5) == [*({"a": None, "long": (at, at + 2)} for at in (0, 2, 4, 6)), {"a": None, "long": None}]
+    assert [plan.work[-1].sample for plan in rig.plans[1:5]] == [False, False, False, True]
+    assert [work.new_blocks != () for plan in rig.plans[1:5] for work in plan.others] == [True, False, False, False]
+    assert [event.tokens for event in rig.recorder.of(events.StepDone)[1:5]] == [1, 1, 1, 42]
+    rig.drain()
+
+
+def test_layered_is_chunked_where_plans_cannot_cut_layers() -> None:
+    plans = []
+    for batch in ("chunked", "layered"):
+        rig = Rig(64, 16, batch=batch, context=128)
+        rig.add(*(make_request(str(at), prompt(9 * at + 4, at // 2), 9) for at in range(6)))
+        rig.drain()
+        plans.append(rig.plans)
+    assert plans[0] == plans[1]
+
+
+def test_what_fits_goes_whole_and_one_cohort_at_a_time() -> None:
+    rig = Rig(512, 16, batch="layered", layers=4, context=128)
+    rig.add(make_request("short", prompt(10, 1), 9), make_request("x", prompt(12, 2), 9))
+    rig.add(make_request("y", prompt(9, 3), 9), make_request("z", prompt(20, 4), 9))
+    assert layers_of(rig, 3) == [
+        {"short": None, "x": (0, 1), "y": (0, 1)},  # 6 tokens left for 21, and 24 would be too many
+        {"short": None, "x": (1, 3), "y": (1, 3)},  # 15 for 21
+        {"short": None, "x": (3, 4), "y": (3, 4), "z": (0, 1)},  # 9 are left for 20
+    ]
+    rig.drain()
+
+
+def test_steps_stay_within_the_budget_whatever_comes() -> None:
+    rig = Rig(512, 16, batch="layered", layers=6, context=128, max_running=12)
+    rig.add(*(make_request(str(at), prompt(5 + 17 * at % 60, at), 3 + at % 7) for at in range(30)))
+    rig.drain()
+    worth = [
+        sum(one.tokens * ((one.layers[1] - one.layers[0]) if one.layers else 6) for one in plan.work) / 6
+        for plan in rig.plans
+    ]
+    assert max(worth) <= 16
+    assert sum(any(work.layers for work in plan.work) for plan in rig.plans) > 20
+
+
+def test_who_begins_like_one_under_way_waits_and_shares() -> None:
+    rig = Rig(512, 16, batch="layered", layers=4, context=128)
+    rig.add(*(make_request(name, [*prompt(40, 1), at], 5) for at, name in enumerate("abc")))
+    assert steps(rig, 4) == [*([[("a", 41)]] * 3), [("a", 41), ("b", 1), ("c", 1)]]  # with a's last layer
+    rig.drain()
+    assert [event.cached_tokens for event in rig.recorder.of(events.Admitted)] == [0, 40, 40]
+
+
+def on_the_way() -> Rig:
+    """One that decodes, and one after five of eight layers, in a pool that is full."""
+    rig = Rig(14, 6, batch="layered", layers=8, context=56, admission=lambda one, pool: True)
+    rig.add(make_request("a", prompt(5, 1), 30))
+    steps(rig, 6)
+    rig.add(make_request("long", prompt(40, 2), 5))
+    assert layers_of(rig, 5)[-1] == {"a": None, "long": (4, 5)}
+    assert rig.scheduler.used_blocks == 14
+    return rig
+
+
+def test_who_yields_on_the_way_starts_again_at_the_first_layer() -> None:
+    rig = on_the_way()
+    assert layers_of(rig, 3) == [{"a": None, "long": (5, 6)}, {"a": None}, {"a": None, "long": (0, 1)}]
+    assert [event.request_id for event in rig.recorder.of(events.Preempted)] == ["long"]
+    rig.drain()
+
+
+def test_who_leaves_or_fails_on_the_way_leaves_nothing() -> None:
+    gone, failed = on_the_way(), on_the_way()
+    gone.abort("long")
+    assert gone.scheduler.used_blocks == 4
+    failed.step(fails=True)
+    assert {failed.finish("a"), failed.finish("long")} == {FinishReason.ERROR}
+    for rig in (gone, failed):
+        rig.add(make_request("as long", prompt(40, 2), 5))
+        rig.drain()
+        assert not any(event.cached_tokens for event in rig.recorder.of(events.Admitted))
+
+
 # -- a priority that preempts ------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         blocks=st.integers(4, 12),
         budget=st.integers(1, 40),
         block_tokens=st.sampled_from([1, 3, 4, 8]),
+        layers=st.sampled_from([1, 2, 5]),
         ordering=st.sampled_from([*ORDERINGS, shortest_left]),
         admission=st.sampled_from([*ADMISSIONS, anybody, anybody]),
         batch=st.sampled_from([*BATCHES, newest_first]),
@@ -146,7 +147,8 @@ def crowd(seed: int, choices: tuple[Any, Any, Any, Any]) -> Rig:
     """Eight requests at a time in a dozen blocks: most steps preempt, share or finish somebody."""
     rng = random.Random(seed)
     names = ("ordering", "admission", "batch", "preemption")
-    rig = Rig(12, rng.choice([3, 9, 30]), context=40, max_running=8, **dict(zip(names, choices, strict=True)))
+    cuts = {"layers": 5 if choices[2] == "layered" else 1}
+    rig = Rig(12, rng.choice([3, 9, 30]), context=40, max_running=8, **cuts, **dict(zip(names, choices, strict=True)))
     for number in range(40):
         prompt = [*rng.choice(PREFIXES), *rng.choices(range(2), k=rng.randint(0, 5))]
         more = {"priority": rng.choice([-100, 0, 0, 2]), "tenant": rng.choice("ab"), "slo": SLO(rng.random(), 1.0)}

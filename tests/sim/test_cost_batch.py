@@ -3,7 +3,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.core.step import Beat, Decode, StepPlan, Work
-from headrace.sim.cost.batch import Batch, Line, StepCost, batch_of, batch_of_plan, trace_line
+from headrace.sim.cost.batch import (
+    Batch,
+    Line,
+    StepCost,
+    batch_of,
+    batch_of_plan,
+    cut_of_plan,
+    estimate_cut,
+    trace_line,
+)
 
 ROWS = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), max_size=8)
 
@@ -46,11 +55,52 @@ def test_a_plan_folds_like_its_rows() -> None:
     assert batch_of_plan(plan, (4,)) == batch_of([(7, 1), (0, 5)], 1, (4,))
 
 
-def test_work_on_some_layers_counts_by_its_share() -> None:
-    plan = StepPlan(0, (Work("a", 7, 1, sample=True), Work("b", 4, 8, sample=False, layers=(2, 4))))
-    batch = batch_of_plan(plan, layers=8)
-    assert (batch.tokens, batch.decodes, batch.sampled) == (1 + 8 / 4, 1, 1)
-    assert batch.full.pairs == pairs(4, 8, 10**9) / 4
+def test_layers_that_compute_the_same_rows_are_one_batch() -> None:
+    a, p, q = (
+        Work("a", 7, 1, sample=True),
+        Work("p", 4, 8, sample=False, layers=(2, 4)),
+        Work("q", 0, 3, True, layers=(6, 8)),
+    )
+    cut = cut_of_plan(StepPlan(0, (a, p, q)), 8)
+    assert cut == (
+        (0.5, batch_of([(7, 1)], 0)),
+        (0.25, batch_of([(7, 1), (4, 8)], 0)),
+        (0.25, batch_of([(7, 1), (0, 3)], 2)),
+    )
+
+
+def test_a_beat_is_in_all_layers() -> None:
+    beat = Beat(3, (Decode("a", 4), Decode("b", 9)), 19, {}, longest_tokens=12)
+    plan = StepPlan(0, (Work("p", 4, 8, sample=False, layers=(0, 2)),), beat=beat)
+    decodes = batch_of([(7, 1), (12, 1)], 2)
+    assert cut_of_plan(plan, 8) == ((0.25, batch_of([(4, 8), (7, 1), (12, 1)], 0)), (0.75, decodes))
+
+
+class Rows:
+    """Three seconds for the host, one for logits, one for every token in all layers."""
+
+    def estimate(self, batch: Batch) -> StepCost:
+        return StepCost(
+            3.0 + (batch.sampled > 0) + batch.tokens, compute_s=batch.tokens, extrapolated=batch.tokens > 10
+        )
+
+    def line(self, batch: Batch, steps: int) -> Line:
+        return trace_line(self, batch, steps)
+
+
+@given(st.integers(1, 9), st.integers(0, 7), st.integers(1, 8), st.integers(0, 3), st.booleans())
+@settings(max_examples=100, derandomize=True, deadline=None)
+def test_tokens_cost_by_the_layers_they_pass_and_the_rest_once(
+    tokens: int, first: int, more: int, decodes: int, cut: bool
+) -> None:
+    last = min(8, first + more)
+    works = [Work(str(at), 5, 1, sample=True) for at in range(decodes)]
+    works.append(Work("p", 0, tokens, sample=last == 8, layers=(first, last) if cut else None))
+    price = estimate_cut(Rows(), cut_of_plan(StepPlan(0, tuple(works)), 8))
+    computed = decodes + tokens * ((last - first) / 8 if cut else 1)
+    assert price.compute_s == pytest.approx(computed)
+    assert price.seconds == pytest.approx(computed + 3 + (decodes > 0 or last == 8))
+    assert price.extrapolated == (decodes + tokens > 10)
 
 
 def test_the_binding_term_is_the_largest() -> None:

@@ -59,6 +59,7 @@ def assert_same_totals(fast: Totals, slow: Totals) -> None:
 @given(
     blocks=st.integers(40, 160),
     block_tokens=st.sampled_from([1, 4, 16]),
+    layers=st.sampled_from([1, 4, 30]),
     budget=st.sampled_from([3, 16, 64, 500]),
     max_running=st.integers(1, 12),
     rate=st.sampled_from([1.0, 8.0, 40.0, 1000.0]),
@@ -73,9 +74,9 @@ def assert_same_totals(fast: Totals, slow: Totals) -> None:
     patience_s=st.sampled_from([(), (0.0717, 0.3, 1e9)]),
 )
 def test_the_same_as_stepping(  # type: ignore[no-untyped-def]
-    blocks, block_tokens, budget, max_running, rate, seed, line, cancels, patience_s, **policies
+    blocks, block_tokens, layers, budget, max_running, rate, seed, line, cancels, patience_s, **policies
 ) -> None:
-    capacity = Capacity(blocks if block_tokens > 1 else blocks * 3, block_tokens, 140, 100)
+    capacity = Capacity(blocks if block_tokens > 1 else blocks * 3, block_tokens, 140, 100, layers=layers)
     fair = {"tenant_weights": "t1=3,t2=0.7", "max_queue_requests": 20}
     setting = EngineSettings(block_tokens=block_tokens, max_running=max_running, **fair, **policies)
     fast, slow = both(capacity, setting, budget, line, patience_s, seed=seed, count=25, rate=rate, cancels=cancels)
@@ -108,6 +109,17 @@ def test_preemptions_and_rejections_are_among_what_was_tested() -> None:
     assert totals.finished[FinishReason.DEADLINE] > 3
     assert totals.steps > len(fast.plans) + 20
     assert fast.story() == slow.story()
+
+
+def test_prompts_on_their_way_through_the_layers_are_stepped() -> None:
+    setting = EngineSettings(block_tokens=4, batch="layered")
+    fast, slow = both(Capacity(400, 4, 400, 100, layers=12), setting, 16, seed=4, count=40, rate=8.0)
+    cut = [plan for plan in fast.plans if any(work.layers for work in plan.others)]
+    assert len(cut) > 50
+    assert all(plan.steps == 1 for plan in cut)
+    assert len(fast.plans) < len(slow.plans)
+    assert fast.story() == slow.story()
+    assert_same_totals(fast.stats.totals, slow.stats.totals)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 7])

@@ -95,7 +95,9 @@ class EngineSettings:
         "free-blocks",
         "when a waiting request may start: free-blocks, reserve-all, past-future, conservative or aggressive",
     )
-    batch: str = setting("chunked", "what a step computes: chunked, prefill-first, splitfuse, orca, static or filling")
+    batch: str = setting(
+        "chunked", "what a step computes: chunked, prefill-first, splitfuse, orca, static, filling or layered"
+    )
     preemption: str = setting(
         "last-arrived",
         "who yields: last-arrived, when memory runs out, or priority, also to more urgent ones that wait",

@@ -20,6 +20,7 @@ class Capacity:
     max_context_tokens: int  # prompt plus output of one request: the model's limit or what fits, the smaller
     vocab: int
     steps: int = 1  # how often it may repeat the beat of one plan
+    layers: int = 1  # of the model, where a plan may send work through some of them only; 1: all of them at once
 
 
 class Executor(Protocol):

@@ -9,6 +9,10 @@ frozen dataclass takes three times as long to make.
     |<------ computed: KV in blocks ------>|<-- this step -->|<-- later -->|
     0                                    start         start+tokens      known
                                                              sample is true when start+tokens == known
+
+Work may go through the model a few layers at a time. The same tokens then come back in later steps, each going on at
+the layer where the one before ended, until the last layer computes them; what lies between layers, the executor
+remembers. Work from layer 0 on, or a release, makes it forget that.
 """
 
 from __future__ import annotations
@@ -39,8 +43,8 @@ class Work(NamedTuple):
     request_id: RequestId
     start: int  # position of the first token to compute: so many are in the KV already
     tokens: int  # how many to compute, at least 1
-    sample: bool  # draw the next token from the last position's logits
-    new_blocks: tuple[Block, ...] = ()  # appended to the block table before computing
+    sample: bool  # draw the next token from the last position's logits; only with the last layer
+    new_blocks: tuple[Block, ...] = ()  # appended to the block table before computing; with the first layers only
     replaced_blocks: tuple[tuple[int, Block], ...] = ()  # (index in the table, block): adopted from another request
     layers: tuple[int, int] | None = None  # [first, last) layers to run; None is all of them
     lane: int = 0  # index into StepPlan.lanes

@@ -3,10 +3,11 @@ content, names full ones so that others can find them, and gives them back. Owns
 
 Prompt blocks are named when their tokens are planned, not when they are computed: within a step all KV writes of a
 layer come before its attention, so two requests of one step may share. If that step fails, the new names are dropped.
-Generated blocks are named when the request leaves.
+Generated blocks are named when the request leaves, and those of pending tokens, which have blocks but did not go
+through all layers, when they go through the last.
 
-    table of one request      | named, maybe shared | named, own | being filled |
-    tokens            0       computed by others        computed_tokens ^
+    table of one request      | named, maybe shared | named, own | being filled |   pending   |
+    tokens            0       computed by others        computed_tokens ^             ^ + pending_tokens
 """
 
 from __future__ import annotations
@@ -48,6 +49,13 @@ class Memory:
             return []
         last = (progress.known_tokens - 1) // self.block_tokens
         return self.index.match(progress.keys, progress.computed_tokens // self.block_tokens, last)
+
+    def shares(self, progress: Progress, start: int, other: Progress) -> bool:
+        """Whether the block at `start` is one that another request fills with its pending tokens, to name it then."""
+        at = start // self.block_tokens
+        full = min((other.computed_tokens + other.pending_tokens) // self.block_tokens, len(other.keys))
+        wanted = progress.reads_cache and at < min(len(progress.keys), (progress.known_tokens - 1) // self.block_tokens)
+        return wanted and other.writes_cache and at < full and progress.keys[at] == other.keys[at]
 
     def cost(self, hits: Sequence[Block]) -> int:
         """Free blocks that adopting `hits` would use up: those nobody holds."""
@@ -113,7 +121,7 @@ class Memory:
         else:  # nobody else can have found one
             self.pool.release_own(progress.blocks[::-1])
         progress.blocks = []
-        progress.computed_tokens = progress.named_blocks = 0
+        progress.computed_tokens = progress.named_blocks = progress.pending_tokens = progress.passed_layers = 0
 
     def forget(self, keys: Iterable[BlockKey]) -> None:
         """What these keys promise was never computed."""
@@ -129,7 +137,8 @@ class Memory:
         requests = list(requests)
         self.pool.check_held(progress.blocks for progress in requests)
         for progress in requests:
-            assert len(progress.blocks) == self.blocks_for(progress.computed_tokens), "a table is too long or too short"
+            held = self.blocks_for(progress.computed_tokens + progress.pending_tokens)
+            assert len(progress.blocks) == held, "a table is too long or too short"
 
     def _next_key(self, progress: Progress) -> bool:
         """Continue the chain of keys by one generated block, if its prompt part was named and its tokens are known."""

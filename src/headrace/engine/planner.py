@@ -52,16 +52,28 @@ class Step:
         return progress in self.members or progress in self.drawing
 
 
+# What a request took for its next tokens, as `Work` tells of it: (blocks appended to its table, blocks replaced in it).
+_Taken = tuple[tuple[Block, ...], tuple[tuple[int, Block], ...]]
+
+
 class Planner:
     """Moves requests through `lines` and blocks through `memory`, as one step after the other needs it."""
 
     def __init__(
-        self, policies: Policies, max_running: int, lines: Lines, memory: Memory, bounds: Bounds, observer: Observer
+        self,
+        policies: Policies,
+        max_running: int,
+        layers: int,
+        lines: Lines,
+        memory: Memory,
+        bounds: Bounds,
+        observer: Observer,
     ) -> None:
         self._policies = policies
         self._patient = policies.patient
         self._repeatable = {startable: policies.repeatable(startable=startable) for startable in (False, True)}
         self._max_running = max_running
+        self._layers = layers
         self._lines = lines
         self._memory = memory
         self._bounds = bounds
@@ -115,6 +127,8 @@ class Planner:
             return self._beat(step)
         if not share.requests:
             return 0
+        if share.cohort and self._layers > 1:
+            return self._go_together(share, step)
         left = share.tokens
         for view in share.requests:
             if left <= 0:
@@ -131,28 +145,89 @@ class Planner:
 
     def _serve(self, progress: Progress, most: int, whole: bool, step: Step) -> int:
         """Give one request up to `most` tokens of work, admitting it if it waits. Returns how many it got."""
-        memory, waiting = self._memory, progress.state is State.WAITING
-        hits, start = memory.match(progress), progress.computed_tokens
-        if hits:
-            start = (start // self._block_tokens + len(hits)) * self._block_tokens
-        tokens = progress.known_tokens - start
-        if tokens > most:
+        hits, start, tokens = self._missing(progress)
+        if tokens > most and not progress.pending_tokens:
             if whole and not step.empty:
                 return 0
             tokens = tokens if whole else most
+        taken = self._take(progress, hits, start, tokens, step)
+        return 0 if taken is None else self._advance(progress, taken, self._layers, step)
+
+    def _go_together(self, share: Share, step: Step) -> int:
+        """`_grant` for those who may go through some of the layers only. As long as they fit they go through all of
+        them; from the first on that does not, they take memory for all their tokens, and go on together by as many
+        layers as fit. Who begins like one that is under way waits until it can share."""
+        left, cohort, cohort_tokens = share.tokens, list[tuple[Progress, _Taken]](), 0
+        for view in share.requests:
+            if left <= 0:
+                break
+            progress = self._lines.live[view.request.id]
+            if step.served(progress):
+                continue
+            hits, start, tokens = self._missing(progress)
+            was_waiting, begun = progress.state is State.WAITING, progress.pending_tokens > 0
+            whole = not begun and ((tokens <= left and not cohort) or progress.state is State.DECODING)
+            if not (begun or whole):
+                room = min(share.cohort, left * self._layers) - cohort_tokens
+                if (tokens > room and cohort) or self._begins_like_others(progress, start):
+                    break
+                tokens = min(tokens, room)
+            taken = self._take(progress, hits, start, tokens, step)
+            if taken is None:
+                if was_waiting:
+                    break
+            elif whole:
+                left -= self._advance(progress, taken, self._layers, step)
+            else:
+                cohort.append((progress, taken))
+                cohort_tokens += progress.pending_tokens
+        return share.tokens - left + self._advance_together(cohort, left, step)
+
+    def _advance_together(self, cohort: Sequence[tuple[Progress, _Taken]], most: int, step: Step) -> int:
+        """By as many layers as amount to `most` tokens through all of them, at least by one. Returns to how many."""
+        tokens = sum(progress.pending_tokens for progress, _ in cohort)
+        layers = max(1, most * self._layers // max(tokens, 1))
+        worth = 0
+        for progress, taken in cohort:
+            left = self._layers - progress.passed_layers
+            worth += min(layers, left) * self._advance(progress, taken, layers, step)
+        return -(-worth // self._layers)
+
+    def _begins_like_others(self, progress: Progress, start: int) -> bool:
+        """Whether somebody computes what would be next to compute, and has yet to pass some layers with it."""
+        running = self._lines.prefilling.members
+        return any(self._memory.shares(progress, start, other) for other in running if other.pending_tokens)
+
+    def _missing(self, progress: Progress) -> tuple[Sequence[Block], int, int]:
+        """(blocks that others have computed for it, where its own tokens start, how many it lacks). Tokens that have
+        passed some layers go on as they are."""
+        start = progress.computed_tokens
+        if progress.pending_tokens:
+            return (), start, progress.pending_tokens
+        hits = self._memory.match(progress)
+        if hits:
+            start = (start // self._block_tokens + len(hits)) * self._block_tokens
+        return hits, start, progress.known_tokens - start
+
+    def _take(self, progress: Progress, hits: Sequence[Block], start: int, tokens: int, step: Step) -> _Taken | None:
+        """Memory for so many tokens from `start` on, or for as many as there is memory; they are pending then. Admits
+        it if it waits. None if it may not start, or there is no memory."""
+        if progress.pending_tokens:
+            progress.served_step = step.number
+            return (), ()
+        memory, waiting = self._memory, progress.state is State.WAITING
         own = 0 if start % self._block_tokens else 1
         if not (self._may_start(progress, hits, own, step) if waiting else self._make_room(progress, hits, own, step)):
-            return 0
+            return None
         if progress.state is State.DECODING:
             self._lines.decoding.remove(progress)  # goes alone, for this step
         replaced = memory.adopt(progress, hits)
         if waiting:
             self._admit(progress, step)
         adopted = () if waiting else tuple(hits[len(replaced) :])
-        tokens = min(tokens, memory.reachable_tokens(progress) - start)
-        new_blocks = adopted + memory.grow(progress, start + tokens)
-        self._advance(progress, start, tokens, new_blocks, replaced, step)
-        return tokens
+        progress.pending_tokens = min(tokens, memory.reachable_tokens(progress) - start)
+        progress.served_step = step.number
+        return adopted + memory.grow(progress, start + progress.pending_tokens), replaced
 
     def _may_start(self, progress: Progress, hits: Sequence[Block], own: int, step: Step) -> bool:
         """Whether a waiting request is admitted now. Nobody takes what a request preempted in this step gave back, and
@@ -230,18 +305,18 @@ class Planner:
         )
         self._observe(events.Admitted(now, progress.id, cached_tokens, now - progress.queued_s, again))
 
-    def _advance(
-        self,
-        progress: Progress,
-        start: int,
-        tokens: int,
-        new_blocks: tuple[Block, ...],
-        replaced: tuple[tuple[int, Block], ...],
-        step: Step,
-    ) -> None:
-        """Put work into the step: the numbers move now."""
-        sample = start + tokens == progress.known_tokens
-        progress.computed_tokens = start + tokens
+    def _advance(self, progress: Progress, taken: _Taken, layers: int, step: Step) -> int:
+        """Put the pending tokens into the step, through the next layers: the numbers move now. Returns the tokens."""
+        first, last = progress.passed_layers, min(progress.passed_layers + layers, self._layers)
+        start, tokens = progress.computed_tokens, progress.pending_tokens
+        computed = last == self._layers
+        sample = computed and start + tokens == progress.known_tokens
+        if computed:
+            progress.computed_tokens = start + tokens
+            progress.pending_tokens = progress.passed_layers = 0
+            step.tokens += tokens
+        else:
+            progress.passed_layers = last
         if sample:
             step.drawing.append(progress)
             if not progress.output_tokens:
@@ -250,10 +325,10 @@ class Planner:
                 self._lines.move(progress, State.DECODING)
             else:
                 self._lines.decoding.add(progress)
-        progress.served_step = step.number
         self._memory.name(progress, step.fresh)
-        step.others.append(Work(progress.id, start, tokens, sample, new_blocks, replaced))
-        step.tokens += tokens
+        passed = None if last - first == self._layers else (first, last)
+        step.others.append(Work(progress.id, start, tokens, sample, *taken, passed))
+        return tokens
 
     def _beat(self, step: Step) -> int:
         """`_serve` for all that are one token behind, by touching only those who begin a block."""

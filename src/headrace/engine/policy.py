@@ -16,7 +16,7 @@ from headrace.core.config import EngineSettings
 from headrace.core.events import Event
 from headrace.core.types import HeadraceError, RequestId
 from headrace.engine.policies.admission import WATERMARK, free_blocks, reserve_all
-from headrace.engine.policies.batch import chunked, filling, is_filler, orca, prefill_first, splitfuse, static
+from headrace.engine.policies.batch import chunked, filling, is_filler, layered, orca, prefill_first, splitfuse, static
 from headrace.engine.policies.deadlines import Due, edd, eddc, mdd, mddc, slack
 from headrace.engine.policies.fairness import DeficitRoundRobin, TokenCounter
 from headrace.engine.policies.future import FuturePeak, Oracle, PastFuture, aggressive, conservative
@@ -71,6 +71,7 @@ __all__ = [
     "free_blocks",
     "is_filler",
     "last_arrived",
+    "layered",
     "lower_level",
     "mdd",
     "mddc",
@@ -119,6 +120,7 @@ BATCHES: Mapping[str, Make[BatchFormer]] = {
     "orca": _just(orca),
     "static": _just(static),
     "filling": _just(filling),
+    "layered": _just(layered),
 }
 PREEMPTIONS: Mapping[str, Make[Preemption]] = {"last-arrived": _just(last_arrived), "priority": _just(lower_level)}
 ORACLE = "oracle"  # an admission for those who know the lengths of answers
@@ -130,7 +132,7 @@ PATIENT: tuple[object, ...] = (last_arrived,)  # preemptions that never name any
 # Who decide the same again while the same requests decode, nobody arrives and free blocks only become fewer: the
 # simulator may then take many steps at once. Leave a policy out that looks at the clock or at how far others are. Where
 # nobody could start anyway, only the batch former must be among these.
-_BATCHES = (chunked, prefill_first, splitfuse, orca, static, filling)
+_BATCHES = (chunked, prefill_first, splitfuse, orca, static, filling, layered)
 REPEATABLE: tuple[object, ...] = (free_blocks, reserve_all, aggressive, *_BATCHES, last_arrived, lower_level)
 
 

@@ -64,6 +64,8 @@ class Progress:
         "output_ids",
         "output_tokens",
         "pace",
+        "passed_layers",
+        "pending_tokens",
         "preemptions",
         "prompt_tokens",
         "queued_s",
@@ -88,6 +90,8 @@ class Progress:
         self.offset = 0  # computed tokens, without the beats of its pace
         self.pace: Pace | None = None  # while it decodes
         self.longest_blocks = 0  # what it would hold in its last step
+        self.pending_tokens = 0  # those after the computed ones that went through the first layers, and not through all
+        self.passed_layers = 0  # and through how many
         self.output_ids: list[int] = []  # while it decodes: those that were told one by one
         self.output_tokens = 0  # while it does not decode: how many were drawn
         self.blocks: list[Block] = []

@@ -80,7 +80,7 @@ class Scheduler:
         self._deadlines = Deadlines()
         self._bounds = Bounds(settings.max_queue_requests, settings.max_queue_tokens)
         shared = (self._lines, self._memory, self._bounds, observer)
-        self._planner = Planner(self._policies, settings.max_running, *shared)
+        self._planner = Planner(self._policies, settings.max_running, capacity.layers, *shared)
         self._arrivals = 0
         self._flight: Step | None = None  # planned, and neither committed nor failed
 
@@ -219,6 +219,9 @@ class Scheduler:
         self._memory.check(lines.live.values())
         for progress in lines.live.values():
             assert progress.computed_tokens < progress.known_tokens <= progress.limit_tokens
+            assert progress.computed_tokens + progress.pending_tokens <= progress.known_tokens
+            assert (0 < progress.passed_layers < self.capacity.layers) == (progress.pending_tokens > 0)
+            assert not progress.pending_tokens or progress.state is State.PREFILLING
             assert self._flight or len(progress.output_ids) <= progress.known_tokens - progress.prompt_tokens
             assert not (progress.state is State.WAITING and progress.blocks), "a waiting request holds blocks"
 

@@ -18,7 +18,7 @@ from headrace.core import clock
 from headrace.core.ports import Capacity
 from headrace.core.step import Run, Sampled, StepPlan, StepResult
 from headrace.core.types import RequestId
-from headrace.sim.cost.batch import Batch, CostModel, StepCost, batch_of_plan
+from headrace.sim.cost.batch import Batch, CostModel, StepCost, batch_of_plan, cut_of_plan, estimate_cut
 from headrace.sim.spent import Spent
 from headrace.workload.arrival import ANSWER_TOKEN, STOP_TOKEN
 
@@ -39,8 +39,7 @@ class _Answer:
 
 class SimulatedExecutor:
     """`lengths` holds the output tokens of every request that is admitted. `windows` are the attention windows of the
-    model and `layers` its layers, for work that is restricted to some; `spent` hears what steps cost. Raises
-    RuntimeError on a clock that is real."""
+    model; `spent` hears what steps cost. Raises RuntimeError on a clock that is real."""
 
     def __init__(
         self,
@@ -49,14 +48,12 @@ class SimulatedExecutor:
         lengths: Mapping[RequestId, int],
         *,
         windows: tuple[int, ...] = (),
-        layers: int = 0,
         spent: Spent | None = None,
     ) -> None:
         self._capacity = capacity
         self._cost = cost
         self._lengths = lengths
         self._windows = windows
-        self._layers = layers
         self._spent = spent
         self._batch = Batch()  # of the plan under way
         self._price_of_one: StepCost | None = None  # and its price, unless it is a line
@@ -117,7 +114,11 @@ class SimulatedExecutor:
         if not plan.others and plan.beat is None:
             self._price_of_one = StepCost(0.0)
             return Run(1, 0.0)
-        batch = self._batch = batch_of_plan(plan, self._windows, self._layers)
+        if any(work.layers is not None for work in plan.others):
+            cut = cut_of_plan(plan, self._capacity.layers, self._windows)
+            self._price_of_one = estimate_cut(self._cost, cut)
+            return Run(1, self._price_of_one.seconds)
+        batch = self._batch = batch_of_plan(plan, self._windows)
         most = min(plan.steps, self._until_stop() - self._beats + 1) if plan.steps > 1 else 1
         if most <= 1:
             self._price_of_one = self._cost.estimate(batch)

@@ -173,10 +173,11 @@ def _catalogued(scenario: Scenario) -> Site:
     cost = Analytic(where, convention(settings), host_s=settings.host_ms / 1000)
     shape = where.shape
     steps = MOST_STEPS if settings.fast_forward else 1
+    layers = shape.layers if settings.pipeline == 1 else 1  # stages take turns with whole steps
     context = min(shape.max_context_tokens, blocks * engine.block_tokens)
     return Site(
         engine,
-        Capacity(blocks, engine.block_tokens, context, shape.vocab, steps),
+        Capacity(blocks, engine.block_tokens, context, shape.vocab, steps, layers),
         cost,
         token_budget=step_tokens(engine, cost, windows_of(shape)),
         replicas=settings.replicas,

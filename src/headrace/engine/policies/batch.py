@@ -9,6 +9,7 @@ from collections.abc import Generator
 from headrace.engine.policies.joints import BatchView, RequestView, Share
 from headrace.engine.policies.ordering import PRIORITY_LEVELS, level
 
+COHORT_TOKENS = 8192  # of prompts that go through the layers side by side
 _ALL = 1 << 40  # tokens: as many as there are
 
 
@@ -19,6 +20,25 @@ def chunked(batch: BatchView) -> Generator[Share, int, None]:
     left -= yield Share(batch.decoding, len(batch.decoding))
     left -= yield Share(batch.prefilling, left)
     yield Share(batch.waiting, left)
+
+
+def layered(batch: BatchView) -> Generator[Share, int, None]:
+    """Decodes pass all L layers in every step, a prompt passes n of them whole, and the next n in the next step
+    (layered prefill, arXiv:2510.08055): each layer of a mixture of experts loads its experts once for a prompt, not
+    once for each chunk. Dense models gain nothing, nor do many decodes, for which all experts are loaded anyway.
+
+        decodes + prompts * n / L <= token budget,   so n = floor(budget left * L / prompts), at least 1
+
+    makes G = L / n groups, about prompts / budget (the paper: 1 for 512 tokens to 16 for 8192). What fits goes through
+    all layers at once, as in `chunked`. Of what does not, one cohort of up to COHORT_TOKENS at a time, first come first
+    served, and longer prompts in pieces of that. The bound: who comes next waits for G steps of decodes and cohort, and
+    is in the cohort after it. Where plans cannot cut layers (`Capacity.layers` is 1) this is `chunked`."""
+    left = batch.token_budget
+    left -= yield Share(batch.decoding, len(batch.decoding))
+    begun = [one for one in batch.prefilling if one.pending_tokens]
+    left -= yield Share(begun or batch.prefilling, left, cohort=COHORT_TOKENS)
+    if not any(one.pending_tokens for one in batch.prefilling):
+        yield Share(batch.waiting, left, cohort=COHORT_TOKENS)
 
 
 def prefill_first(batch: BatchView) -> Generator[Share, int, None]:

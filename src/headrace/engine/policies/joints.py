@@ -36,6 +36,11 @@ class RequestView(Protocol):
     def computed_tokens(self) -> int: ...
 
     @property
+    def pending_tokens(self) -> int:
+        """Tokens after the computed ones that are on their way through the layers."""
+        ...
+
+    @property
     def limit_tokens(self) -> int:
         """The most prompt and output it may come to."""
         ...
@@ -87,11 +92,16 @@ class BatchView(NamedTuple):
 class Share(NamedTuple):
     """A wish: compute these requests, in this order, with at most `tokens` altogether. Who waits asks for admission;
     the first who is refused ends the share, so that nobody overtakes. `whole` requests start only if all their missing
-    tokens fit, or if the step is empty."""
+    tokens fit, or if the step is empty.
+
+    With a `cohort`, those for whom `tokens` are too few go through some of the layers instead of all of them: up to so
+    many tokens together, by as many layers in each step as fit, where a token through n of L layers counts n / L. Who
+    has begun like this has `pending_tokens`, and whatever share names it next, it is these that go on."""
 
     requests: Sequence[RequestView]
     tokens: int
     whole: bool = False
+    cohort: int = 0
 
 
 Ordering = Callable[[RequestView, float], float]  # (request, now) -> key: smaller goes first, ties by arrival

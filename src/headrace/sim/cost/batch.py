@@ -8,6 +8,8 @@ that price them live beside this file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from operator import mul
 from typing import NamedTuple, Protocol
 
 from headrace.core.shape import ModelShape
@@ -46,7 +48,7 @@ class Batch(NamedTuple):
     """
 
     rows: int = 0
-    tokens: float = 0  # computed in this step; fractional when some rows run only some of the layers
+    tokens: float = 0  # computed in this step; fractional in a mean of steps
     sampled: int = 0  # rows whose logits are needed
     decodes: float = 0  # rows of one token: as many tokens
     prefill_reach: float = 0  # sum of tokens * (start + tokens) over the other rows: pairs without the causal mask
@@ -117,16 +119,16 @@ def _windowed(rows: list[Row], window: int) -> Spans:
     return Spans(pairs, prefill, decode, growing, room)
 
 
-def batch_of_plan(plan: StepPlan, windows: tuple[int, ...] = (), layers: int = 0) -> Batch:
-    """Fold a plan. Work restricted to a range of layers counts by its share of the model's `layers`. The beat is a sum
-    already, unless there are windows to look through."""
+def batch_of_plan(plan: StepPlan, windows: tuple[int, ...] = ()) -> Batch:
+    """Fold a plan, as if all its work went through all layers. The beat is a sum already, unless there are windows to
+    look through."""
     if plan.beat is None or windows:
-        return _of_work(plan.work, windows, layers)
+        return _of_work(plan.work, windows)
     rows, longest = len(plan.beat.rows), plan.beat.longest_tokens + 1
     context = plan.beat.context_tokens + rows
     if not plan.others:
         return Batch(rows, rows, rows, rows, 0, Spans(0, 0, context, rows), (), longest)
-    others = _of_work(plan.others, (), layers)
+    others = _of_work(plan.others, ())
     full = others.full
     return Batch(
         rows=others.rows + rows,
@@ -139,40 +141,29 @@ def batch_of_plan(plan: StepPlan, windows: tuple[int, ...] = (), layers: int = 0
     )
 
 
-def _of_work(works: Sequence[Work], windows: tuple[int, ...], layers: int) -> Batch:
-    sampled = sum(work.sample for work in works)
-    if all(work.layers is None for work in works):
-        return batch_of([(work.start, work.tokens) for work in works], sampled, windows)
-    whole = [(work.start, work.tokens) for work in works if work.layers is None]
-    batch = batch_of(whole, sampled, windows)
-    for work in works:
-        if work.layers is not None:
-            first, last = work.layers
-            part = batch_of([(work.start, work.tokens)], 0, windows)
-            batch = _plus(batch, part, (last - first) / layers)
-    return batch
+def _of_work(works: Sequence[Work], windows: tuple[int, ...]) -> Batch:
+    return batch_of([(work.start, work.tokens) for work in works], sum(work.sample for work in works), windows)
 
 
-def _plus(batch: Batch, part: Batch, share: float) -> Batch:
-    return Batch(
-        rows=batch.rows + part.rows,
-        tokens=batch.tokens + share * part.tokens,
-        sampled=batch.sampled,
-        decodes=batch.decodes + share * part.decodes,
-        prefill_reach=batch.prefill_reach + share * part.prefill_reach,
-        full=_plus_spans(batch.full, part.full, share),
-        windowed=tuple(_plus_spans(a, b, share) for a, b in zip(batch.windowed, part.windowed, strict=True)),
-        longest=max(batch.longest, part.longest),
-    )
+Cut = tuple[tuple[float, Batch], ...]  # (share of the layers, what they compute); who samples is in one of them
 
 
-def _plus_spans(spans: Spans, part: Spans, share: float) -> Spans:
-    return Spans(
-        spans.pairs + share * part.pairs,
-        spans.prefill_context + share * part.prefill_context,
-        spans.decode_context + share * part.decode_context,
-        spans.growing,
-        spans.room,
+def cut_of_plan(plan: StepPlan, layers: int, windows: tuple[int, ...] = ()) -> Cut:
+    """A plan of which some work goes through some of the model's `layers` only: one batch for all layers that compute
+    the same rows. Logits are those of the last layer's rows.
+
+        a, b   .=====.=====.=====.      (2/3, a b), (1/3, a b p)
+        p            '====='
+    """
+    edges = sorted({0, layers, *(edge for work in plan.others for edge in work.layers or ())})
+    shares: dict[tuple[Work, ...], float] = {}
+    rows: tuple[Work, ...] = ()
+    for first, last in pairwise(edges):
+        rows = tuple(work for work in plan.others if work.layers is None or work.layers[0] <= first < work.layers[1])
+        shares[rows] = shares.get(rows, 0.0) + (last - first) / layers
+    batches = {some: batch_of_plan(plan._replace(others=some), windows) for some in shares}
+    return tuple(
+        (share, batches[some] if some == rows else batches[some]._replace(sampled=0)) for some, share in shares.items()
     )
 
 
@@ -234,6 +225,18 @@ class CostModel(Protocol):
     def line(self, batch: Batch, steps: int) -> Line:
         """The batch (decodes only) and its next `steps` - 1 steps, or as many as stay on one straight line."""
         ...
+
+
+def estimate_cut(model: CostModel, cut: Cut) -> StepCost:
+    """The price of a step whose layers compute different rows: the mean of steps that compute the same rows in all
+    layers, weighted by layers, and the logits once. What the host takes is in every price, and so once in the mean."""
+    prices = [(share, model.estimate(batch._replace(sampled=0))) for share, batch in cut]
+    for _, batch in cut:
+        if batch.sampled:
+            prices += [(1.0, model.estimate(batch)), (-1.0, model.estimate(batch._replace(sampled=0)))]
+    shares = [share for share, _ in prices]
+    *terms, extrapolated = zip(*(cost for _, cost in prices), strict=True)
+    return StepCost._make([*(sum(map(mul, shares, term)) for term in terms), any(extrapolated)])
 
 
 _ROUNDING = 1e-12
