@@ -1,8 +1,8 @@
 """A published claim as a value: who says what, in which setting it is asked again, what would count as the same, and
 why the answer may differ. Judges numbers; runs nothing by itself.
 
-A setting is written down before anybody sees what comes of it and is not touched afterwards: a claim that does not come
-out is told as it is.
+A setting is written down before anybody sees what comes of it, and mended only where it measured something else than it
+said, which the claim then tells: one that does not come out is told as it is.
 """
 
 from __future__ import annotations

@@ -117,11 +117,11 @@ def _stall() -> tuple[float, ...]:
     """The longest time between two tokens of eight requests when a long prompt comes."""
     laptop = device(SimulateSettings(model="smollm2-135m", hardware="CPU-13900K", weights="fp32", kv="fp32"))
     eight = [Arrival(0.0, (Stretch(16),), 300, max_new_tokens=300) for _ in range(8)]
-    long = Arrival(1.0, (Stretch(1024),), 8, max_new_tokens=8)
+    prompt = Arrival(1.0, (Stretch(1024),), 8, max_new_tokens=8)
 
     def longest_s(batch: str, budget: int) -> float:
         settings = EngineSettings(batch=batch, token_budget=budget, prefix_cache=False)
-        return ask(laptop(settings), [*eight, long]).itl_s.greatest
+        return ask(laptop(settings), [*eight, prompt]).itl_s.greatest
 
     chunked, whole = longest_s("chunked", 64), longest_s("prefill-first", 2048)
     return chunked / whole, 1e3 * chunked, 1e3 * whole
