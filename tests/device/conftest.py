@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,31 @@ TINY = {
     "tie_word_embeddings": True,
 }
 
+MIXTURE = TINY | {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 160,
+    "norm_topk_prob": True,
+}
+
 
 @pytest.fixture(scope="session")
 def tiny() -> Model:
     """Three layers of random weights, large enough that greedy continuations do not settle into one token."""
-    generator = torch.Generator().manual_seed(3)
+    return Model(TINY, random_weights(3))
+
+
+@pytest.fixture(scope="session")
+def mixture() -> Model:
+    """Four layers of eight experts each, of which a token asks three."""
+    return Model(MIXTURE, random_weights(4))
+
+
+def random_weights(seed: int) -> Callable[[str], torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     cache: dict[str, torch.Tensor] = {}
 
     def tensor(name: str) -> torch.Tensor:
@@ -47,19 +68,20 @@ def tiny() -> Model:
             cache[name] = _random(name, generator)
         return cache[name]
 
-    return Model(TINY, tensor)
+    return tensor
 
 
 def _random(name: str, generator: torch.Generator) -> torch.Tensor:
     hidden, ffn, width = 96, 160, 16
     shapes = {"q_proj": (6 * width, hidden), "k_proj": (2 * width, hidden), "v_proj": (2 * width, hidden)}
     shapes |= {"o_proj": (hidden, 6 * width), "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden)}
-    shapes |= {"down_proj": (hidden, ffn), "embed_tokens": (500, hidden)}
+    shapes |= {"down_proj": (hidden, ffn), "embed_tokens": (500, hidden), "mlp.gate.": (8, hidden)}
     for part, shape in shapes.items():
         if part in name:
             scale = 1.0 if part == "embed_tokens" else 1.5 * shape[1] ** -0.5
             return torch.randn(*shape, generator=generator) * scale
-    return 1 + 0.1 * torch.randn(hidden, generator=generator)
+    of_heads = "q_norm" in name or "k_norm" in name
+    return 1 + 0.1 * torch.randn(width if of_heads else hidden, generator=generator)
 
 
 @pytest.fixture(scope="session")

@@ -34,9 +34,8 @@ class Model:
     def executor(self, blocks: int) -> TorchExecutor:
         shape = self.llama.config.shape
         store = KVStore(shape, blocks, BLOCK_TOKENS, torch.float32, CPU)
-        return TorchExecutor(
-            self.llama, self.linears, store, Capacity(blocks, BLOCK_TOKENS, shape.max_context_tokens, shape.vocab)
-        )
+        capacity = Capacity(blocks, BLOCK_TOKENS, shape.max_context_tokens, shape.vocab, layers=shape.layers)
+        return TorchExecutor(self.llama, self.linears, store, capacity)
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Rig:
     def __post_init__(self) -> None:
         self.executor = self.model.executor(self.blocks)
         self.scheduler = Scheduler(self.settings, self.executor.capacity, token_budget=self.budget, observer=self)
-        self.preemptions = 0
+        self.preemptions = self.cut = 0  # `cut` counts works that went through some layers only
         self.now = 0.0
 
     def observe(self, event: Event) -> None:
@@ -74,6 +73,7 @@ class Rig:
         for request in requests:
             self.scheduler.add(request, self.now)
         while (plan := self.scheduler.plan(self.now)) is not None:
+            self.cut += sum(work.layers is not None for work in plan.work)
             result = self.executor.step(plan)
             self.now += 1.0
             for output in self.scheduler.commit(result, self.now):

@@ -49,7 +49,10 @@ class Live:
     def run(self, client: Client) -> list[Entry]:
         clock.run(self._serve(client))
         self.file.seek(0)
-        return list(read(self.file))
+        entries = list(read(self.file))
+        plans = (entry.content for entry in entries if isinstance(entry, Plan) and entry.content)
+        self.counts["cut"] += sum(work[6] is not None for plan in plans for work in plan["work"])
+        return entries
 
     async def _serve(self, client: Client) -> None:
         executor = _Failing(self.model.executor(self.blocks), self.failing)
@@ -180,6 +183,11 @@ RUNS: dict[str, tuple[dict[str, object], Client, dict[str, int]]] = {
         {"deadline": 3, "length": 5},
     ),
     "stops": ({}, stopping, {"stop": 20}),
+    "layers": (
+        {"settings": EngineSettings(batch="layered"), "budget": 24, "blocks": 32},
+        crowd(40, 0.002, 20, most=5, new=60),
+        {"cut": 20, "abort": 5, "preempted": 1, "cached": 100},
+    ),
     "failures": ({"failing": frozenset({5, 40})}, crowd(20, 0.004, 20), {"error": 1, "length": 5}),
 }
 

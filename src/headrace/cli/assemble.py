@@ -76,14 +76,17 @@ def assemble(
 ) -> Assembled:
     """Load the model named on the command line and put a scheduler in front of it. `watched` may wrap the executor and
     the observer, to record what passes."""
-    from headrace.device.load import load
+    from headrace.device.load import MOST_STEP_TOKENS, load
     from headrace.engine.loop import Engine
+    from headrace.engine.policies.batch import COHORT_TOKENS
     from headrace.engine.scheduler import Scheduler
 
     engine_settings = config.load(EngineSettings, args, toml)
     device_settings = config.load(DeviceSettings, args, toml)
     checkpoint = open_model(args.model, phase)
-    loaded = load(checkpoint, device_settings, engine_settings.block_tokens, engine_settings.max_running, phase)
+    sizes = (engine_settings.block_tokens, engine_settings.max_running)
+    step_tokens = COHORT_TOKENS if engine_settings.batch == "layered" else MOST_STEP_TOKENS
+    loaded = load(checkpoint, device_settings, *sizes, phase, step_tokens)
     budget = token_budget(engine_settings, loaded.steps)
     metrics = Metrics()
     executor, observer = watched(loaded.executor, metrics, engine_settings, budget)

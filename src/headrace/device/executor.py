@@ -1,19 +1,22 @@
 """Performs step plans with torch: plan -> rows of tokens -> model -> sampler -> result.
 
-Owns the tensors and what it must remember of each request between steps: its tokens, its block table and its sampling
-state. Decides nothing. Steps run one after the other on one thread of their own, so the event loop stays free.
+Owns the tensors and what it must remember of each request between steps: its tokens, its block table, its sampling
+state, and the states of tokens that are on their way through the layers. Decides nothing. Steps run one after the other
+on one thread of their own, so the event loop stays free.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from headrace.core.clock import perf
 from headrace.core.ports import Capacity
@@ -36,6 +39,7 @@ class _Sequence:
     prompt_tokens: int
     row: Row
     blocks: list[int]
+    states: Tensor | None = None  # [tokens, hidden] of work that went through some layers and not through the last
     table: np.ndarray = field(init=False)  # `blocks` as int64, rebuilt when they change
 
     def __post_init__(self) -> None:
@@ -98,8 +102,8 @@ class TorchExecutor:
             self._update(plan, works)
             if not works:
                 return StepResult(plan.step, {})
-            hidden = self._forward(works)
-            return StepResult(plan.step, self._sample(works, hidden), self._prompt_logprobs(works, hidden))
+            computed, hidden = self._forward(works)
+            return StepResult(plan.step, self._sample(computed, hidden), self._prompt_logprobs(computed, hidden))
         except BaseException:
             self._sequences.clear()
             raise
@@ -131,30 +135,65 @@ class TorchExecutor:
         for admitted in plan.admitted:
             self._sequences[admitted.request.id] = _remember(admitted)
         for work in works:
-            if work.layers is not None:
-                raise NotImplementedError("this executor runs whole steps: no layer ranges")
             sequence = self._sequences[work.request_id]
             if work.replaced_blocks:
                 sequence.replace(work.replaced_blocks)
             if work.new_blocks:
                 sequence.extend(work.new_blocks)
 
-    def _forward(self, works: Sequence[Work]) -> Tensor:
-        """Hidden states after the last layer: [rows, hidden], rows in the order of `works`, then padding."""
-        count = sum(work.tokens for work in works)
-        padded = self.linears.padded(count)
-        ids = np.zeros(padded, dtype=np.int64)
-        positions = np.zeros(padded, dtype=np.int64)
-        rows, first = [], 0
+    def _forward(self, works: Sequence[Work]) -> tuple[Sequence[Work], Tensor]:
+        """Send all works through their layers. Returns those that the last layer computed, and what came out of it:
+        [rows, hidden], rows in the order of these works, then padding.
+
+            layers  0       8      16      24
+            a, b    .-------+-------+-------.     the works that cross a stretch of layers go through it side by side
+            p               '-------'             from the states after layer 8, kept by the last step
+        """
+        layers = self.model.config.shape.layers
+        edges = sorted({0, layers, *(edge for work in works for edge in work.layers or ())})
+        states: dict[RequestId, Tensor] = {}
+        side_by_side, hidden = list[Work](), torch.empty(0)
+        for first, last in pairwise(edges):
+            side_by_side = [work for work in works if work.layers is None or work.layers[0] <= first < work.layers[1]]
+            if side_by_side:
+                hidden = self._through(side_by_side, first, last, states)
+                if last < layers:
+                    states |= _by_request(side_by_side, hidden)
         for work in works:
-            sequence, end = self._sequences[work.request_id], first + work.tokens
-            ids[first:end] = sequence.ids[work.start : work.start + work.tokens]
-            positions[first:end] = range(work.start, work.start + work.tokens)
-            rows.append(Rows(first, work.start, work.tokens, sequence.table))
-            first = end
+            kept = work.layers is not None and work.layers[1] < layers
+            self._sequences[work.request_id].states = states[work.request_id].clone() if kept else None
+        return side_by_side, hidden
+
+    def _through(self, works: Sequence[Work], first: int, last: int, states: Mapping[RequestId, Tensor]) -> Tensor:
+        """Layers first, ..., last - 1 of some works: [rows, hidden], rows in their order, then padding. `states` holds
+        what those of them have come to that were in earlier layers in this step."""
+        padded = self.linears.padded(sum(work.tokens for work in works))
+        positions = np.zeros(padded, dtype=np.int64)
+        rows, row = [], 0
+        for work in works:
+            positions[row : row + work.tokens] = range(work.start, work.start + work.tokens)
+            rows.append(Rows(row, work.start, work.tokens, self._sequences[work.request_id].table))
+            row += work.tokens
         attend = self._kernel.prepare(rows, padded)
-        x = self.model.embed(self._on_device(ids))
-        return self.model.layers(x, 0, self.model.config.shape.layers, self._on_device(positions), attend)
+        x = self._resume(works, states, padded) if first else self._embed(works, padded)
+        return self.model.layers(x, first, last, self._on_device(positions), attend)
+
+    def _embed(self, works: Sequence[Work], padded: int) -> Tensor:
+        ids = np.zeros(padded, dtype=np.int64)
+        row = 0
+        for work in works:
+            ids[row : row + work.tokens] = self._sequences[work.request_id].ids[work.start : work.start + work.tokens]
+            row += work.tokens
+        return self.model.embed(self._on_device(ids))
+
+    def _resume(self, works: Sequence[Work], states: Mapping[RequestId, Tensor], padded: int) -> Tensor:
+        """Where they were: after earlier layers of this step, or of the step before."""
+        found = [states.get(work.request_id, self._sequences[work.request_id].states) for work in works]
+        parts = [part for part in found if part is not None]
+        if [len(part) for part in parts] != [work.tokens for work in works]:
+            raise RuntimeError("the plan goes on in the middle of the layers with tokens that did not come there")
+        x = torch.cat(parts)
+        return functional.pad(x, (0, 0, 0, padded - len(x)))
 
     def _sample(self, works: Sequence[Work], hidden: Tensor) -> dict[RequestId, Sampled]:
         """Draw a token for every work that asks, from the logits of its last row."""
@@ -197,6 +236,13 @@ class TorchExecutor:
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.linears.device)
+
+
+def _by_request(works: Sequence[Work], x: Tensor) -> dict[RequestId, Tensor]:
+    """The rows of each work, without the padding."""
+    tokens = [work.tokens for work in works]
+    parts = x[: sum(tokens)].split_with_sizes(tokens)
+    return {work.request_id: part for work, part in zip(works, parts, strict=True)}
 
 
 def one_thread() -> ThreadPoolExecutor:

@@ -39,11 +39,14 @@ def load(
     block_tokens: int,
     max_running: int,
     phase: Callable[[str], None] = lambda _: None,
+    step_tokens: int = MOST_STEP_TOKENS,
 ) -> Loaded:
-    """Load a model and size its KV memory; `phase` is told what begins. Raises DoesNotFit, BadModelFile."""
+    """Load a model and size its KV memory beside steps of `step_tokens`; `phase` is told what begins. Raises
+    DoesNotFit, BadModelFile."""
     thread = one_thread()
+    sizes = (block_tokens, max_running, step_tokens)
     try:
-        return thread.submit(_load, checkpoint, settings, block_tokens, max_running, phase, thread).result()
+        return thread.submit(_load, checkpoint, settings, *sizes, phase, thread).result()
     except BaseException:
         thread.shutdown(wait=False, cancel_futures=True)
         raise
@@ -54,6 +57,7 @@ def _load(
     settings: DeviceSettings,
     block_tokens: int,
     max_running: int,
+    step_tokens: int,
     phase: Callable[[str], None],
     thread: ThreadPoolExecutor,
 ) -> Loaded:
@@ -70,7 +74,7 @@ def _load(
     memory = memory_room.size(
         config.shape,
         weights=linears.nbytes + model.nbytes,
-        activations=activation_bytes(config.shape, MOST_STEP_TOKENS, max_running),
+        activations=activation_bytes(config.shape, step_tokens, max_running),
         block_tokens=block_tokens,
         max_context_tokens=context,
         wanted=settings.kv_memory,
@@ -78,7 +82,7 @@ def _load(
         device=device,
         max_running=max_running,
     )
-    capacity = Capacity(memory.blocks, block_tokens, context, config.shape.vocab)
+    capacity = Capacity(memory.blocks, block_tokens, context, config.shape.vocab, layers=config.shape.layers)
     store = KVStore(config.shape, memory.blocks, block_tokens, dtype, device)
     executor = TorchExecutor(model, linears, store, capacity, thread)
     phase("measure step times")
@@ -86,9 +90,9 @@ def _load(
 
 
 def activation_bytes(shape: ModelShape, step_tokens: int, sampled_rows: int) -> int:
-    """Upper estimate of a step's temporaries in float32: the widest layer's inputs and outputs per row, and four
-    copies of the logits (raw, tempered, cumulative in double)."""
-    per_row = 4 * shape.hidden + 2 * shape.head_dim * (shape.heads + 2 * shape.kv_heads) + 3 * shape.ffn
+    """Upper estimate of a step's temporaries in float32: the widest layer's inputs and outputs per row, the states that
+    wait between two groups of layers, and four copies of the logits (raw, tempered, cumulative in double)."""
+    per_row = 5 * shape.hidden + 2 * shape.head_dim * (shape.heads + 2 * shape.kv_heads) + 3 * shape.ffn
     return 4 * (step_tokens * per_row + 4 * sampled_rows * shape.vocab)
 
 
