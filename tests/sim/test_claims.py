@@ -30,6 +30,7 @@ CHEAP = (  # together a few seconds
     "mddc-gaps",
     "eddc-gap",
     "layered-prefill-traffic",
+    "layered-prefill-latency",
     "nanoflow-bound",
     "nanoflow-overlap",
     "nanoflow-headline",

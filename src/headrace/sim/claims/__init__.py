@@ -64,11 +64,6 @@ NOT_YET = (
         "read.",
     ),
     Missing(
-        "Layered prefill",
-        "Mean TTFT -30 %, TPOT -23 %, end to end -28 % on Qwen3-30B-A3B, 2 H100, against chunks of 512.",
-        "A batch former over ranges of layers. Its expert traffic is judged above.",
-    ),
-    Missing(
         "Sarathi-Serve",
         "Falcon-180B on 8 A100 (tensor 4, pipeline 2, 100 GbE): 5.6 times the load of vLLM.",
         "Several micro-batches in flight between stages: the gain is mostly that of even ones.",
