@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from headrace.core.config import EngineSettings
@@ -59,3 +61,22 @@ def test_dense_models_gain_nothing() -> None:
     assert chunked.steps == layered.steps
     assert layered.spent.memory_bytes == pytest.approx(chunked.spent.memory_bytes, rel=0.02)
     assert layered.spent.flops == pytest.approx(chunked.spent.flops, rel=1e-3)
+
+
+def test_a_service_gains_what_the_paper_says() -> None:
+    """The setting of the paper's server, Qwen3-30B-A3B on two H100, 1.5 long prompts a second: TTFT -70 %, end to end
+    -41 %, energy per token -22 %, and the time between tokens is shorter, too."""
+    shape, rng, at_s, arrivals = model("qwen3-30b-a3b"), random.Random(1), 0.0, list[Arrival]()
+    for _ in range(150):
+        at_s += rng.expovariate(1.5)
+        arrivals.append(Arrival(at_s, (Stretch(6000),), 150))
+    cost = Analytic(Placement(shape, Topology(device("H100-SXM"), 2), Parallel(2)), host_s=5e-4)
+    capacity = Capacity(50_000, 16, 16_384, shape.vocab, layers=shape.layers)
+    chunked, layered = (
+        simulate(arrivals, Site(EngineSettings(batch=batch), capacity, cost, CHUNK)).totals
+        for batch in ("chunked", "layered")
+    )
+    assert layered.ttft_s.mean / chunked.ttft_s.mean == pytest.approx(0.30, abs=0.1)
+    assert layered.e2e_s.mean / chunked.e2e_s.mean == pytest.approx(0.59, abs=0.1)
+    assert layered.spent.joules / chunked.spent.joules == pytest.approx(0.78, abs=0.1)
+    assert layered.tpot_s.mean < 0.85 * chunked.tpot_s.mean
