@@ -110,8 +110,12 @@ def test_an_interrupt_ends_virtual_time() -> None:
             if clock.now() == 5.0:
                 signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        clock.run(endless(), virtual=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            clock.run(endless(), virtual=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_threads_are_refused() -> None:
