@@ -24,10 +24,10 @@ import msgspec
 
 from headrace.cli.assemble import Phases, add_model
 from headrace.cli.calibrate import Extent, Live, calibrate, open_live, report
+from headrace.cli.recordings import Both
 from headrace.core import clock
 from headrace.core.events import Event, Finished
 from headrace.core.keys import block_keys
-from headrace.core.ports import Observer
 from headrace.core.types import Request, Tokens
 from headrace.engine.loop import Engine
 from headrace.engine.scheduler import Scheduler
@@ -165,17 +165,6 @@ class Lives:
         if isinstance(event, Finished) and event.first_token_s is not None:
             self.all.append(Life(event.arrival_s, event.first_token_s, event.at_s, event.usage.output_tokens))
             self.cached_tokens += event.usage.cached_tokens
-
-
-class Both:
-    """An `Observer` of two."""
-
-    def __init__(self, first: Observer, second: Observer) -> None:
-        self._two = (first, second)
-
-    def observe(self, event: Event) -> None:
-        for one in self._two:
-            one.observe(event)
 
 
 # -- live --------------------------------------------------------------------------------------------------------------

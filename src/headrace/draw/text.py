@@ -23,3 +23,8 @@ def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
     """Lines of columns, each column as wide as its widest cell; `sides` has one of < and > for each."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{cell:{s}{w}}" for cell, s, w in zip(row, sides, widths, strict=True)).rstrip() for row in rows]
+
+
+def three(value: float) -> float:
+    """Rounded to three digits."""
+    return float(f"{value:.3g}")

@@ -38,6 +38,7 @@ __all__ = [
     "ADMISSIONS",
     "AGEING_S",
     "BATCHES",
+    "LEAST_STEP_TOKENS",
     "MOST_PREEMPTIONS",
     "ORACLE",
     "ORDERINGS",
@@ -84,6 +85,8 @@ __all__ = [
     "static",
     "token_budget",
 ]
+
+LEAST_STEP_TOKENS = 128  # a device too slow for the target still shares each pass over the weights among so many
 
 P = TypeVar("P")
 Make = Callable[[EngineSettings], P]  # a policy for one scheduler

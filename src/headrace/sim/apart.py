@@ -12,42 +12,44 @@ the window: a replica that runs by itself costs half of one that takes turns wit
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from multiprocessing.connection import Connection
 
 import msgspec
 
 from headrace.core.clock import Timeline
 from headrace.sim.feed import NotApart
-from headrace.sim.run import Fleet, Part, Report, SimulationFailed, Site, merged
+from headrace.sim.run import Fleet, Part, Report, Site, merged
+from headrace.sim.workers import forked
 from headrace.workload.arrival import Arrival
 
+_TIED = "traffic that waits for answers ties the replicas together"
 WINDOW = 256  # arrivals of each replica, on average
 
 
 def simulate_apart(arrivals: Callable[[], Iterable[Arrival]], site: Site, *, processes: int, seed: int = 0) -> Report:
     """As `run.simulate` with `round_robin`. `arrivals` makes the same traffic every time. More than one process needs
-    an operating system that forks. Raises NotApart for traffic that waits for answers, SimulationFailed with the words
-    of a process."""
+    an operating system that forks. Raises NotApart for traffic that waits for answers, WorkerFailed with the words of a
+    process."""
     if processes <= 1:
         return merged(seed, in_turns(arrivals(), site, range(site.replicas)))
-    forking = multiprocessing.get_context("fork")
-    parts: dict[int, Part] = {}
-    working = []
-    for first in range(min(processes, site.replicas)):
-        here, there = forking.Pipe(duplex=False)
-        numbers = range(first, site.replicas, processes)
-        process = forking.Process(target=_work, args=(there, arrivals, site, numbers), daemon=True)
-        process.start()
-        there.close()
-        working.append((process, here, numbers))
-    for process, here, numbers in working:
-        parts |= zip(numbers, _received(here), strict=True)
-        process.join()
-    return merged(seed, [parts[number] for number in range(site.replicas)])
+    shares = [range(first, site.replicas, processes) for first in range(min(processes, site.replicas))]
+
+    def work(share: bytes) -> bytes:
+        try:
+            parts: list[Part] | None = in_turns(arrivals(), site, shares[int(share)])
+        except NotApart:
+            parts = None
+        return msgspec.msgpack.encode(parts, enc_hook=lambda kept: kept.state())
+
+    found: dict[int, Part] = {}
+    for at, encoded in forked(processes)(work, [str(at).encode() for at in range(len(shares))]):
+        parts = msgspec.msgpack.decode(encoded, type=list[Part] | None, dec_hook=lambda kind, state: kind.of(state))
+        if parts is None:
+            raise NotApart(_TIED)
+        found |= zip(shares[at], parts, strict=True)
+    return merged(seed, [found[number] for number in range(site.replicas)])
 
 
 def in_turns(arrivals: Iterable[Arrival], site: Site, numbers: range, window: int = WINDOW) -> list[Part]:
@@ -59,7 +61,7 @@ def in_turns(arrivals: Iterable[Arrival], site: Site, numbers: range, window: in
             until_s = 0.0
             for number, arrival in some:
                 if arrival.at_s is None or arrival.gap_s is not None:
-                    raise NotApart("traffic that waits for answers ties the replicas together")
+                    raise NotApart(_TIED)
                 until_s = arrival.at_s
                 if number % site.replicas in alone:
                     alone[number % site.replicas].arrivals.more.append((number, arrival))
@@ -102,28 +104,3 @@ class _Alone:
         self.arrivals.ended = True
         (part,) = self.timeline.run(self._fleet.end())
         return part
-
-
-def _work(there: Connection, arrivals: Callable[[], Iterable[Arrival]], site: Site, numbers: range) -> None:
-    """In the other process."""
-    try:
-        parts: list[Part] | str | None = in_turns(arrivals(), site, numbers)
-    except NotApart:
-        parts = None
-    except Exception as error:
-        parts = f"{type(error).__name__}: {error}"
-    there.send_bytes(msgspec.msgpack.encode(parts, enc_hook=lambda kept: kept.state()))
-
-
-def _received(here: Connection) -> list[Part]:
-    try:
-        parts = msgspec.msgpack.decode(
-            here.recv_bytes(), type=list[Part] | str | None, dec_hook=lambda kind, state: kind.of(state)
-        )
-    except EOFError as error:
-        raise SimulationFailed("a process of the simulation ended without a result; was memory short?") from error
-    if parts is None:
-        raise NotApart("traffic that waits for answers ties the replicas together")
-    if isinstance(parts, str):
-        raise SimulationFailed(parts)
-    return parts

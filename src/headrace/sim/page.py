@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element, SubElement
 from headrace.draw import plot
 from headrace.draw.page import MAX_RUNS, card, document, figures, section, table, text_of
 from headrace.draw.plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDE, WIDTH, Point, Scale
-from headrace.draw.text import short
+from headrace.draw.text import short, three
 from headrace.sim import table as tables
 from headrace.sim.lives import Life
 from headrace.sim.run import Report
@@ -76,13 +76,13 @@ def _header(main: Element, runs: Named) -> None:
     totals = runs[0][2].totals
     per_s = totals.per_second()
     shown = [
-        ("requests/s", short(_three(per_s["requests"]))),
-        ("output tokens/s", short(_three(per_s["output tokens"]))),
+        ("requests/s", short(three(per_s["requests"]))),
+        ("output tokens/s", short(three(per_s["output tokens"]))),
     ]
     for field, label in (("ttft_s", "TTFT p50 / p99"), ("tpot_s", "TPOT p50 / p99"), ("e2e_s", "end to end p50 / p99")):
         sketch: Sketch = getattr(totals, field)
         if sketch.count:
-            both = (plot.time_text(_three(sketch.quantile(share) or 0.0)) for share in (0.5, 0.99))
+            both = (plot.time_text(three(sketch.quantile(share) or 0.0)) for share in (0.5, 0.99))
             shown.append((label, " / ".join(both)))
     if (share := attained(totals)) is not None:
         shown.append(("kept their SLO", f"{share:.2%}"))
@@ -233,7 +233,3 @@ def _details(main: Element, runs: Named) -> None:
             values = [(field.name, getattr(settings, field.name)) for field in fields(settings)]
             pairs += [(f"--{key.replace('_', '-')}", str(value)) for key, value in values if value is not None]
         table(details, [["", ""], *(list(pair) for pair in pairs)], "pairs")
-
-
-def _three(value: float) -> float:
-    return float(f"{value:.3g}")

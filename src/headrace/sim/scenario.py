@@ -34,7 +34,6 @@ from headrace.workload import streams
 from headrace.workload.arrival import Arrival
 from headrace.workload.settings import WorkloadSettings, mixture, parse_slo
 
-LEAST_STEP_TOKENS = 128  # as `headrace serve` has it
 MOST_CONFIG_BYTES = 1 << 20
 WEIGHTS: Mapping[str, tuple[WeightFormat, int]] = {  # and the bits of the activations that meet them
     "bf16": (BF16, 16),
@@ -212,7 +211,7 @@ def step_tokens(engine: EngineSettings, cost: CostModel, windows: tuple[int, ...
     few, many = (cost.estimate(batch_of([(0, tokens)], 1, windows)).seconds for tokens in (2, 2048))
     per_token_s = (many - few) / 2046
     target_s = engine.inter_token_ms / 1000
-    return policy.token_budget(target_s, few - 2 * per_token_s, per_token_s, floor=LEAST_STEP_TOKENS)
+    return policy.token_budget(target_s, few - 2 * per_token_s, per_token_s, floor=policy.LEAST_STEP_TOKENS)
 
 
 def _too_small(where: Placement, settings: SimulateSettings) -> str:

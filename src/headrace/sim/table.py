@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from headrace.core.config import format_bytes
 from headrace.core.shape import ModelShape
-from headrace.draw.text import aligned, short, with_ratio
+from headrace.draw.text import aligned, short, three, with_ratio
 from headrace.sim.cost.analytic import Analytic
 from headrace.sim.run import Report, Site
 from headrace.sim.scenario import Scenario, convention
@@ -72,9 +72,9 @@ def headline(site: Site, report: Report) -> list[tuple[str, str]]:
     rows = [
         ("requests", f"{totals.completed:,} answered, {totals.rejected:,} refused{others}"),
         ("duration", f"{totals.span_s:,.1f} s of virtual time"),
-        ("requests/s", short(_three(per_s["requests"]))),
-        ("output tokens/s", short(_three(per_s["output tokens"]))),
-        ("prompt tokens/s", short(_three(per_s["prompt tokens"]))),
+        ("requests/s", short(three(per_s["requests"]))),
+        ("output tokens/s", short(three(per_s["output tokens"]))),
+        ("prompt tokens/s", short(three(per_s["prompt tokens"]))),
         ("running", f"{_peak(totals.running):,.0f} at most, {_peak(totals.waiting):,.0f} waiting"),
         ("KV in use", f"{_used(site, totals):.0%} on average, {_peak(totals.used_blocks) / blocks:.0%} at most"),
         (
@@ -89,11 +89,11 @@ def headline(site: Site, report: Report) -> list[tuple[str, str]]:
         rows.append(("preemptions", f"{totals.preemptions:,}, {totals.lost_tokens:,} tokens lost"))
     if totals.spent.joules and totals.output_tokens:
         joules = totals.spent.joules / totals.output_tokens
-        rows.append(("energy", f"{short(_three(joules))} J per output token, in steps"))
+        rows.append(("energy", f"{short(three(joules))} J per output token, in steps"))
     share = attained(totals)
     if share is not None:
         rows.append(
-            ("goodput", f"{short(_three(per_s['good requests']))} requests/s, {share:.2%} of all kept their SLO")
+            ("goodput", f"{short(three(per_s['good requests']))} requests/s, {share:.2%} of all kept their SLO")
         )
     return rows
 
@@ -153,7 +153,8 @@ def _assumed(scenario: Scenario) -> str:
     return (
         f"assumed, not measured ({counted.name}): kernels reach {counted.compute_share:.0%} of peak FLOP/s, "
         f"{counted.memory_share:.0%} of memory and {counted.network_share:.0%} of link bandwidth; "
-        f"the host adds {settings.host_ms:g} ms a step. Published engines were up to a third slower (docs/simulator.md)"
+        f"the host adds {settings.host_ms:g} ms a step. "
+        "Published engines reach 7 to 37 % less in the median (docs/simulator.md)"
     )
 
 
@@ -255,7 +256,3 @@ def _used(site: Site, totals: Totals) -> float:
 
 def _busy(site: Site, totals: Totals) -> float:
     return totals.busy_s / max(totals.span_s * site.replicas, 1e-9)
-
-
-def _three(value: float) -> float:
-    return float(f"{value:.3g}")
