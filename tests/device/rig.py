@@ -12,7 +12,8 @@ from headrace.core.events import Event, Preempted
 from headrace.core.keys import block_keys
 from headrace.core.ports import Capacity
 from headrace.core.types import Output, Request, Sampling, TokenLogprob, Tokens
-from headrace.device.executor import TorchExecutor
+from headrace.device.executor import ModelExecutor
+from headrace.device.forward import TorchForward
 from headrace.device.kvstore import KVStore
 from headrace.device.linear import Linears
 from headrace.device.llama import Llama, LlamaConfig
@@ -31,11 +32,11 @@ class Model:
             LlamaConfig.from_hf(config), tensor, self.linears.pack, torch.float32, CPU, self.linears.padded
         )
 
-    def executor(self, blocks: int) -> TorchExecutor:
+    def executor(self, blocks: int) -> ModelExecutor:
         shape = self.llama.config.shape
         store = KVStore(shape, blocks, BLOCK_TOKENS, torch.float32, CPU)
         capacity = Capacity(blocks, BLOCK_TOKENS, shape.max_context_tokens, shape.vocab, layers=shape.layers)
-        return TorchExecutor(self.llama, self.linears, store, capacity)
+        return ModelExecutor(TorchForward(self.llama, self.linears, store), capacity)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def open_live(args: argparse.Namespace, phase: Phases) -> Live:
     phase.done()
     origin = Origin(
         model=checkpoint.name if Path(args.model).exists() else args.model,
-        shape=loaded.executor.model.config.shape,
+        shape=loaded.executor.shape,
         dtype=name(loaded.dtype),
         device=loaded.device.type,
         threads=device.threads or os.cpu_count() or 1,
@@ -140,7 +140,7 @@ async def calibrate(live: Live, extent: Extent, bar: Callable[[str, float], None
         await _measure(prober, sessions, extent.rounds, bar)
     steps = [step for step in prober.watch.steps if step.label is not None]
     measured = grouped(steps)
-    row_sizes = executor.linears.rows
+    row_sizes = executor.row_sizes
     fitted, errors = fit_best([one.sample for one in measured], row_sizes)
     return Calibration(
         format=FORMAT,

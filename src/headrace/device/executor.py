@@ -1,6 +1,6 @@
-"""Performs step plans with torch: plan -> rows of tokens -> model -> sampler -> result.
+"""Performs step plans: plan -> rows of tokens -> layers -> sampler -> result.
 
-Owns the tensors and what it must remember of each request between steps: its tokens, its block table, its sampling
+Owns what it must remember of each request between steps: its tokens, its block table, its sampling
 state, and the states of tokens that are on their way through the layers. Decides nothing. Steps run one after the other
 on one thread of their own, so the event loop stays free.
 """
@@ -12,20 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from headrace.core.clock import perf
 from headrace.core.ports import Capacity
+from headrace.core.shape import ModelShape
 from headrace.core.step import Admitted, Sampled, StepPlan, StepResult, Work
 from headrace.core.types import InvalidRequest, Request, RequestId, Sampling, TokenLogprob, Tokens
-from headrace.device.attention import Rows, kernel_for
-from headrace.device.kvstore import KVStore
-from headrace.device.linear import Linears
-from headrace.device.llama import Llama
+from headrace.device.attention import Rows
 from headrace.device.sampler import Row, describe, sample
 
 _LOGIT_ROWS = 64  # rows of logits computed at once for prompt log-probabilities: bounds their memory
@@ -60,26 +58,45 @@ class _Sequence:
             self.row.drew(token)
 
 
-class TorchExecutor:
-    """An `Executor` for one model on one device."""
+class Forward(Protocol):
+    """Sends rows through layers and over the KV memory that it holds: with torch, or with native kernels."""
 
-    def __init__(
-        self,
-        model: Llama,
-        linears: Linears,
-        store: KVStore,
-        capacity: Capacity,
-        thread: ThreadPoolExecutor | None = None,
-    ) -> None:
+    @property
+    def shape(self) -> ModelShape: ...
+
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        """Rows that are computed for so many or fewer, ascending; multiples of the last beyond it."""
+        ...
+
+    def layers(self, spans: Sequence[Rows], first: int, last: int, ids: Sequence[int], x: Tensor | None) -> Tensor:
+        """Layers first, ..., last - 1 of consecutive spans: [rows, hidden], then perhaps padding. They begin with token
+        `ids` if `first` is 0, else with `x` [rows, hidden], which stays as it is."""
+        ...
+
+    def logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
+        """Of some rows after the last layer: [len(rows), vocab] float32, memory of its own until the next call."""
+        ...
+
+
+class ModelExecutor:
+    """An `Executor` for one model on one device, whatever computes its layers."""
+
+    def __init__(self, forward: Forward, capacity: Capacity, thread: ThreadPoolExecutor | None = None) -> None:
         """Steps run on `thread`, which has one worker and should be the one that loaded the model: torch keeps a team
         of compute threads per calling thread, and two teams on the same cores slow each other's barriers by half."""
-        self.model = model
-        self.linears = linears
-        self.store = store
+        self._forward = forward
         self._capacity = capacity
-        self._kernel = kernel_for(model.config.shape, model.config.attention_scale, store, linears.device)
         self._sequences: dict[RequestId, _Sequence] = {}
         self._thread = thread or one_thread()
+
+    @property
+    def shape(self) -> ModelShape:
+        return self._forward.shape
+
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        return self._forward.row_sizes
 
     @property
     def capacity(self) -> Capacity:
@@ -102,7 +119,7 @@ class TorchExecutor:
             self._update(plan, works)
             if not works:
                 return StepResult(plan.step, {})
-            computed, hidden = self._forward(works)
+            computed, hidden = self._compute(works)
             return StepResult(plan.step, self._sample(computed, hidden), self._prompt_logprobs(computed, hidden))
         except BaseException:
             self._sequences.clear()
@@ -141,7 +158,7 @@ class TorchExecutor:
             if work.new_blocks:
                 sequence.extend(work.new_blocks)
 
-    def _forward(self, works: Sequence[Work]) -> tuple[Sequence[Work], Tensor]:
+    def _compute(self, works: Sequence[Work]) -> tuple[Sequence[Work], Tensor]:
         """Send all works through their layers. Returns those that the last layer computed, and what came out of it:
         [rows, hidden], rows in the order of these works, then padding.
 
@@ -149,7 +166,7 @@ class TorchExecutor:
             a, b    .-------+-------+-------.     the works that cross a stretch of layers go through it side by side
             p               '-------'             from the states after layer 8, kept by the last step
         """
-        layers = self.model.config.shape.layers
+        layers = self.shape.layers
         edges = sorted({0, layers, *(edge for work in works for edge in work.layers or ())})
         states: dict[RequestId, Tensor] = {}
         side_by_side, hidden = list[Work](), torch.empty(0)
@@ -167,33 +184,23 @@ class TorchExecutor:
     def _through(self, works: Sequence[Work], first: int, last: int, states: Mapping[RequestId, Tensor]) -> Tensor:
         """Layers first, ..., last - 1 of some works: [rows, hidden], rows in their order, then padding. `states` holds
         what those of them have come to that were in earlier layers in this step."""
-        padded = self.linears.padded(sum(work.tokens for work in works))
-        positions = np.zeros(padded, dtype=np.int64)
-        rows, row = [], 0
+        spans, ids, row = [], list[int](), 0
         for work in works:
-            positions[row : row + work.tokens] = range(work.start, work.start + work.tokens)
-            rows.append(Rows(row, work.start, work.tokens, self._sequences[work.request_id].table))
+            sequence = self._sequences[work.request_id]
+            spans.append(Rows(row, work.start, work.tokens, sequence.table))
             row += work.tokens
-        attend = self._kernel.prepare(rows, padded)
-        x = self._resume(works, states, padded) if first else self._embed(works, padded)
-        return self.model.layers(x, first, last, self._on_device(positions), attend)
+            if not first:
+                ids += sequence.ids[work.start : work.start + work.tokens]
+        x = self._resume(works, states) if first else None
+        return self._forward.layers(spans, first, last, ids, x)
 
-    def _embed(self, works: Sequence[Work], padded: int) -> Tensor:
-        ids = np.zeros(padded, dtype=np.int64)
-        row = 0
-        for work in works:
-            ids[row : row + work.tokens] = self._sequences[work.request_id].ids[work.start : work.start + work.tokens]
-            row += work.tokens
-        return self.model.embed(self._on_device(ids))
-
-    def _resume(self, works: Sequence[Work], states: Mapping[RequestId, Tensor], padded: int) -> Tensor:
+    def _resume(self, works: Sequence[Work], states: Mapping[RequestId, Tensor]) -> Tensor:
         """Where they were: after earlier layers of this step, or of the step before."""
         found = [states.get(work.request_id, self._sequences[work.request_id].states) for work in works]
         parts = [part for part in found if part is not None]
         if [len(part) for part in parts] != [work.tokens for work in works]:
             raise RuntimeError("the plan goes on in the middle of the layers with tokens that did not come there")
-        x = torch.cat(parts)
-        return functional.pad(x, (0, 0, 0, padded - len(x)))
+        return torch.cat(parts)
 
     def _sample(self, works: Sequence[Work], hidden: Tensor) -> dict[RequestId, Sampled]:
         """Draw a token for every work that asks, from the logits of its last row."""
@@ -203,16 +210,10 @@ class TorchExecutor:
         last = np.cumsum([work.tokens for work in works]) - 1
         wanted = last[[work.sample for work in works]]
         sequences = [self._sequences[work.request_id] for work in drawing]
-        drawn = sample(self._logits(hidden, wanted), [sequence.row for sequence in sequences])
+        drawn = sample(self._forward.logits(hidden, wanted), [sequence.row for sequence in sequences])
         for sequence, sampled in zip(sequences, drawn, strict=True):
             sequence.drew(sampled.token_ids)
         return {work.request_id: sampled for work, sampled in zip(drawing, drawn, strict=True)}
-
-    def _logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
-        """Logits of some rows: [len(rows), vocab] float32."""
-        padded = np.zeros(self.linears.padded(len(rows)), dtype=np.int64)
-        padded[: len(rows)] = rows
-        return self.model.logits(hidden.index_select(0, self._on_device(padded)))[: len(rows)]
 
     def _prompt_logprobs(self, works: Sequence[Work], hidden: Tensor) -> dict[RequestId, tuple[TokenLogprob, ...]]:
         """For requests that ask: what the model thought of each next prompt token, from this step's rows."""
@@ -230,12 +231,9 @@ class TorchExecutor:
 
     def _judge(self, hidden: Tensor, rows: np.ndarray, nexts: Sequence[int], count: int) -> Iterable[TokenLogprob]:
         for begin in range(0, len(rows), _LOGIT_ROWS):
-            part = torch.log_softmax(self._logits(hidden, rows[begin : begin + _LOGIT_ROWS]), -1)
+            part = torch.log_softmax(self._forward.logits(hidden, rows[begin : begin + _LOGIT_ROWS]), -1)
             for row, token in zip(part, nexts[begin : begin + _LOGIT_ROWS], strict=True):
                 yield describe(row, token, count)
-
-    def _on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.linears.device)
 
 
 def _by_request(works: Sequence[Work], x: Tensor) -> dict[RequestId, Tensor]:

@@ -14,7 +14,8 @@ from headrace.core.shape import ModelShape
 from headrace.core.types import HeadraceError
 from headrace.device import memory as memory_room
 from headrace.device.checkpoint import Checkpoint
-from headrace.device.executor import TorchExecutor, one_thread
+from headrace.device.executor import ModelExecutor, one_thread
+from headrace.device.forward import TorchForward
 from headrace.device.kvstore import KVStore
 from headrace.device.linear import Linears
 from headrace.device.llama import Llama, LlamaConfig
@@ -26,7 +27,7 @@ _MEASURED_TOKENS = (16, 256)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    executor: TorchExecutor
+    executor: ModelExecutor
     memory: Memory
     dtype: torch.dtype
     device: torch.device
@@ -84,7 +85,7 @@ def _load(
     )
     capacity = Capacity(memory.blocks, block_tokens, context, config.shape.vocab, layers=config.shape.layers)
     store = KVStore(config.shape, memory.blocks, block_tokens, dtype, device)
-    executor = TorchExecutor(model, linears, store, capacity, thread)
+    executor = ModelExecutor(TorchForward(model, linears, store), capacity, thread)
     phase("measure step times")
     return Loaded(executor, memory, dtype, device, tuple(executor.measure(_MEASURED_TOKENS)))
 
