@@ -84,6 +84,31 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the answer must be, in one of three notations. Such an answer ends where its grammar ends, with a stop
+    token, or is cut by the length."""
+
+    kind: str  # "json_schema", "regex" or "lark"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """Reasoning before the answer, with a budget of its own (Elastic Reasoning, 2505.05315).
+
+    <think> a b c d </think> answer      after `budget_tokens` the `closing_ids` are forced, one a step
+    `begun`: from a on                   a grammar governs what comes after the closing mark
+    """
+
+    opening: str  # the mark that begins it
+    closing: str  # the mark that ends it
+    begun: bool  # the prompt ends inside it
+    budget_tokens: int | None = None
+    closing_ids: tuple[int, ...] = ()  # tokens that end it: the closing mark and the white space around it
+    opening_id: int | None = None  # the token that is the opening mark, if it is one
+
+
+@dataclass(frozen=True, slots=True)
 class SLO:
     """What the client was promised. None is no promise. Goodput counts requests that kept every promise."""
 
@@ -109,6 +134,8 @@ class Request:
     adapter: str | None = None
     slo: SLO | None = None
     deadline_s: float | None = None  # absolute; past it the request ends with FinishReason.DEADLINE
+    grammar: Grammar | None = None
+    thinking: Thinking | None = None
 
     @property
     def prompt_tokens(self) -> int:

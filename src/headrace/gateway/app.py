@@ -6,7 +6,7 @@ answers in milliseconds however busy the service is.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,22 +16,26 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, request_response
+from starlette.types import ASGIApp
 
 from headrace import __version__
 from headrace.core import clock
 from headrace.core.config import GatewaySettings
 from headrace.core.metrics import Metrics
 from headrace.core.ports import Service, Status
-from headrace.gateway import openai
+from headrace.gateway import openai, shapes
 from headrace.gateway.chain import logged
-from headrace.gateway.edge import Context, Door, Endpoint, allowed_hosts, http_refusal
+from headrace.gateway.edge import ByMethod, Context, Door, Endpoint, allowed_hosts, http_refusal
 from headrace.gateway.errors import LOG, Refused
 from headrace.gateway.generation import Generation
+from headrace.gateway.openapi import Answer, Operation, document
 from headrace.gateway.prometheus import CONTENT_TYPE, Exposition
+from headrace.gateway.replies import error_body
 from headrace.gateway.text import Text
 
 Page = Callable[[Request], Awaitable[Response]]
+Served = tuple[Operation, Page | Endpoint]  # what one method of one path takes and gives, and who answers it
 
 
 def build(service: Service, text: Text, settings: GatewaySettings, metrics: Metrics) -> Starlette:
@@ -39,38 +43,64 @@ def build(service: Service, text: Text, settings: GatewaySettings, metrics: Metr
     model = settings.served_name or service.status().model
     handler = logged(Generation(service, text))
     context = Context(model, text, settings.max_choices)
-    routes = [
-        Route(path, Endpoint(dialect, handler, context, settings.max_body), methods=["POST"])
-        for path, dialect in openai.DIALECT.items()
+    served: list[Served] = [
+        (dialect.operation, Endpoint(dialect, handler, context, settings.max_body)) for dialect in openai.DIALECTS
     ]
-    routes += _pages(service, model, Exposition(metrics, service, model, settings.metrics_prefix))
-    routes.append(Route("/", _index([*routes]), methods=["GET"]))
+    served += _pages(service, model, Exposition(metrics, service, model, settings.metrics_prefix))
     if not text.has_chat:
         LOG.warning("%s; /v1/chat/completions will refuse", text.why_no_chat)
-    door = Middleware(Door, hosts=allowed_hosts(settings.host), error_body=openai.error_body)
+    door = Middleware(Door, hosts=allowed_hosts(settings.host), error_body=error_body)
     app = Starlette(
-        routes=routes, middleware=[door], exception_handlers={HTTPException: _route_error}, lifespan=_closing(text)
+        routes=_routes(_described(served)),
+        middleware=[door],
+        exception_handlers={HTTPException: _route_error},
+        lifespan=_closing(text),
     )
     app.router.redirect_slashes = False
     return app
 
 
-def _pages(service: Service, model: str, exposition: Exposition) -> list[Route]:
-    """Routes about the server itself, all GET."""
+def _described(served: Sequence[Served]) -> list[Served]:
+    """What is served, and two pages that tell what that is."""
+    index = _operation("/", "Name, version and paths", shapes.Index)
+    openapi = _operation("/openapi.json", "This document", dict[str, Any])
+    operations = [operation for operation, _ in served] + [index, openapi]
+    description = _json(document(operations, "Headrace", __version__))
+    paths = {operation.path: operation.method for operation in operations}
+    names = _json(shapes.Index("headrace", __version__, paths))
+
+    async def show_index(_: Request) -> Response:
+        return names
+
+    async def show_description(_: Request) -> Response:
+        return description
+
+    return [*served, (index, show_index), (openapi, show_description)]
+
+
+def _routes(served: Sequence[Served]) -> list[Route]:
+    """One route per path, whatever its methods."""
+    by_path: dict[str, dict[str, ASGIApp]] = {}
+    for operation, endpoint in served:
+        app = endpoint if isinstance(endpoint, Endpoint) else request_response(endpoint)
+        by_path.setdefault(operation.path, {})[operation.method] = app
+    return [Route(path, ByMethod(apps), methods=list(apps)) for path, apps in by_path.items()]
+
+
+def _operation(path: str, summary: str, kind: Any, *statuses: int, **more: Any) -> Operation:
+    """A page: GET, and JSON of one type under each of `statuses`."""
+    return Operation(path, "GET", summary, dict.fromkeys(statuses or (200,), Answer(kind)), shapes.Error, **more)
+
+
+def _pages(service: Service, model: str, exposition: Exposition) -> list[Served]:
+    """Pages about the server itself."""
     created = int(clock.wall())
 
-    def card() -> dict[str, Any]:
-        longest = service.status().capacity.max_context_tokens
-        return {
-            "id": model,
-            "object": "model",
-            "created": created,
-            "owned_by": "headrace",
-            "max_model_len": longest,
-        }
+    def card() -> shapes.Model:
+        return shapes.Model(id=model, created=created, max_model_len=service.status().capacity.max_context_tokens)
 
     async def models(_: Request) -> Response:
-        return _json({"object": "list", "data": [card()]})
+        return _json(shapes.Models([card()]))
 
     async def one_model(request: Request) -> Response:
         asked = request.path_params["model"]
@@ -90,34 +120,22 @@ def _pages(service: Service, model: str, exposition: Exposition) -> list[Route]:
     async def scrape(_: Request) -> Response:
         return Response(exposition.text(), headers={"content-type": CONTENT_TYPE.decode()})
 
-    pages: dict[str, Page] = {
-        "/v1/models": models,
-        "/v1/models/{model:path}": one_model,
-        "/health/live": live,
-        "/health/ready": ready,
-        "/metrics": scrape,
-    }
-    return [Route(path, page, methods=["GET"]) for path, page in pages.items()]
+    metrics = {200: Answer(media="text/plain", says="metrics in Prometheus' text format")}
+    return [
+        (_operation("/v1/models", "The models served", shapes.Models), models),
+        (
+            _operation("/v1/models/{model:path}", "One of them", shapes.Model, parameters={"model": "its name"}),
+            one_model,
+        ),
+        (_operation("/health/live", "Whether the server can go on", shapes.Health, 200, 503), live),
+        (_operation("/health/ready", "Whether it takes requests", shapes.Health, 200, 503), ready),
+        (Operation("/metrics", "GET", "Counters and histograms", metrics, shapes.Error), scrape),
+    ]
 
 
-def _health(status: Status) -> dict[str, Any]:
-    return {
-        "status": status.state,
-        "model": status.model,
-        "running": status.running,
-        "waiting": status.waiting,
-        "steps": status.steps,
-        "seconds_since_progress": round(max(0.0, clock.now() - status.last_progress_s), 3),
-    }
-
-
-def _index(routes: list[Route]) -> Page:
-    paths = {route.path: sorted((route.methods or set()) - {"HEAD"})[0] for route in routes}
-
-    async def index(_: Request) -> Response:
-        return _json({"name": "headrace", "version": __version__, "paths": paths})
-
-    return index
+def _health(status: Status) -> shapes.Health:
+    idle_s = round(max(0.0, clock.now() - status.last_progress_s), 3)
+    return shapes.Health(status.state, status.model, status.running, status.waiting, status.steps, idle_s)  # type: ignore[arg-type]
 
 
 def _closing(text: Text) -> Callable[[Starlette], Any]:
@@ -137,7 +155,7 @@ async def _route_error(_: Request, error: Exception) -> Response:
 
 
 def _refusal(refusal: Refused) -> Response:
-    return Response(openai.error_body(refusal), refusal.status, media_type="application/json")
+    return Response(error_body(refusal), refusal.status, media_type="application/json")
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -1,14 +1,16 @@
 """The table of bounds: every field a client may send, how large it may be, and what happens to the others.
 
-Bounds are types, so one decoder enforces them, and the same annotations describe them in the published document. A
-field is served, ignored because it cannot change the answer, or refused by name. Nothing is dropped silently.
+Bounds are types, so one decoder enforces them, and the same annotations describe them in the published document (see
+`openapi`). A dialect's `Body` says which fields it serves, which it ignores because they cannot change the answer, and
+which it refuses by name. Nothing is dropped silently.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -42,65 +44,119 @@ Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Salt = Annotated[str, Meta(max_length=256)]
 Priority = Annotated[int, Meta(ge=-100, le=100, description="larger goes first under --ordering priority")]
 Deadline = Annotated[float, Meta(gt=0, le=86_400, description="seconds after which the request ends with 504")]
+ThinkingTokens = Annotated[
+    int, Meta(ge=0, le=MAX_TOKEN_ID, description="most tokens of reasoning; the answer then begins")
+]
+AnswerTokens = Annotated[int, Meta(ge=1, le=MAX_TOKEN_ID, description="most tokens after the reasoning")]
+ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+ToolText = Annotated[str, Meta(max_length=1 << 16)]
+CallId = Annotated[str, Meta(min_length=1, max_length=256)]
+Arguments = Annotated[str, Meta(max_length=1 << 20, description="JSON text")]
+SchemaName = Annotated[str, Meta(min_length=1, max_length=64)]
+GrammarText = Annotated[str, Meta(min_length=1, max_length=1 << 18)]
+RegexText = Annotated[str, Meta(min_length=1, max_length=1 << 16)]
+ChoiceText = Annotated[str, Meta(min_length=1, max_length=4096)]
+ChoiceTexts = Annotated[list[ChoiceText], Meta(min_length=1, max_length=4096)]
+Tools = 128  # most tools of a conversation
+Calls = 1024  # most tool calls of one message
+SchemaDepth = 64  # deepest nesting of a JSON schema or of any other free-form value
+SchemaItems = 100_000  # most values in one, counted at every depth
 Messages = 65_536  # most messages of a conversation; its size is bounded by --max-body
 Parts = 4_096  # most parts of one message
 Prompts = 4_096  # most prompts of a completion; bounded further by --max-choices
 
 # Accepted and without effect: they steer accounting or storage at other providers, never the answer.
 IGNORED = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention"
-    " parallel_tool_calls".split()
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention".split()
 )
 
 # Refused by name, unless absent, null, or one of the values that ask for nothing.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
     "reasoning_effort": ("none",),
-    "verbosity": (),
-    "suffix": ("",),
-    "best_of": (1,),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
     "structured_outputs": (),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "verbosity": ("medium",),
+    "suffix": ("",),
+    "best_of": (1,),
     "chat_template": (),
+    "logits_processors": (),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "prompt_embeds": (),
 }
 
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def decode(decoder: msgspec.json.Decoder[S], body: bytes) -> S:
-    """A request body as a checked value. Raises Refused with the offending field as `param`."""
-    try:
-        body.decode()  # also what the decoder would skip
-        served = {field.encode_name for field in msgspec.structs.fields(decoder.type)}
-        for name, raw in _FIELDS.decode(body).items():
-            if name not in served and name not in IGNORED:
-                _refuse_field(name, raw)
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise _violation(str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise bad(f"The request body is not valid JSON in UTF-8: {reason}.", code="invalid_json") from error
+@dataclass(frozen=True, slots=True)
+class Body(Generic[S]):
+    """The body of one kind of request: `kind` has the fields that are served, with their bounds."""
+
+    kind: type[S]
+    ignored: frozenset[str] = IGNORED
+    refused: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: REFUSED)
+    _decoder: msgspec.json.Decoder[S] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_decoder", msgspec.json.Decoder(self.kind))
+
+    @property
+    def served(self) -> frozenset[str]:
+        return frozenset(one.encode_name for one in msgspec.structs.fields(self.kind))
+
+    def decode(self, body: bytes) -> S:
+        """A checked value. Raises Refused with the offending field as `param`."""
+        try:
+            body.decode()  # also what the decoder would skip
+            served = self.served
+            for name, raw in _FIELDS.decode(body).items():
+                if name not in served and name not in self.ignored:
+                    self._refuse_field(name, raw)
+            return self._decoder.decode(body)
+        except msgspec.ValidationError as error:
+            raise _violation(str(error)) from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise bad(f"The request body is not valid JSON in UTF-8: {reason}.", code="invalid_json") from error
+
+    def _refuse_field(self, name: str, raw: msgspec.Raw) -> None:
+        shown = name[:64]
+        if name not in self.refused:
+            raise bad(f"Unknown field {shown!r}.", shown, "unknown_field")
+        value = msgspec.json.decode(raw)
+        if value is not None and not any(type(value) is type(off) and value == off for off in self.refused[name]):
+            raise bad(f"The field {shown!r} is not supported by this server.", shown, "unsupported_field")
 
 
-def _refuse_field(name: str, raw: msgspec.Raw) -> None:
-    shown = name[:64]
-    if name not in REFUSED:
-        raise bad(f"Unknown field {shown!r}.", shown, "unknown_field")
-    value = msgspec.json.decode(raw)
-    if value is not None and not any(type(value) is type(off) and value == off for off in REFUSED[name]):
-        raise bad(f"The field {shown!r} is not supported by this server.", shown, "unsupported_field")
+def check_free(value: Any, param: str) -> None:
+    """Bound a value of free form, such as a JSON schema: its depth and the number of values in it. Raises Refused."""
+    level, count = [value], 0
+    for _ in range(SchemaDepth + 1):
+        count += len(level)
+        if count > SchemaItems:
+            raise bad(f"{param}: more than {SchemaItems:,} values in one.", param, "invalid_value")
+        level = [
+            item
+            for one in level
+            if isinstance(one, dict | list)
+            for item in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    raise bad(f"{param}: nested deeper than {SchemaDepth} levels.", param, "invalid_value")
 
 
 def _violation(message: str) -> Refused:

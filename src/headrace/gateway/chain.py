@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from headrace.core import clock
-from headrace.core.types import FinishReason, RequestId, Sampling, TokenLogprob, Usage
+from headrace.core.types import FinishReason, Grammar, RequestId, Sampling, TokenLogprob, Usage
 from headrace.gateway.errors import LOG, Refused
 
 T = TypeVar("T")
@@ -24,11 +24,35 @@ Prompt = str | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation that the model's chat template turns into one prompt."""
+class Tool:
+    """A function that the model may call; somebody else runs it."""
 
-    messages: tuple[Mapping[str, Any], ...]  # each with "role" and "content", both strings
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # a JSON schema of its arguments, an object
+    strict: bool = False  # calls are held to the schema even where the model need not call
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    offered: tuple[Tool, ...] = ()
+    must: bool = False  # the answer is calls and nothing else
+    named: str | None = None  # with `must`: of this tool
+    parallel: bool = True  # more than one call in an answer
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that the model's chat template turns into one prompt.
+
+    A message has "role" (system, user, assistant or tool) and "content", a string; an assistant's may have
+    "reasoning_content" and "tool_calls", [{"id", "type": "function", "function": {"name", "arguments"}}], with the
+    arguments as a mapping or, where they are no JSON object, as the string they were; a tool's has "tool_call_id".
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
     options: Mapping[str, bool] = field(default_factory=dict)  # template variables that a client may set
+    tools: Tools = Tools()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +64,9 @@ class Call:
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int | None = None  # per choice; None: what is left of the context
     choices: int = 1  # per prompt
+    grammar: Grammar | None = None  # what the answer must be
+    thinking_tokens: int | None = None  # most tokens of reasoning before the answer; needs a model that reasons
+    answer_tokens: int | None = None  # most tokens after the reasoning; `max_new_tokens` bounds both together
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
@@ -59,14 +86,28 @@ class Began:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolPiece:
+    """Some of a tool call: its id and name come first and once, its arguments in pieces of JSON text."""
+
+    index: int  # of the call in its choice
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step added to one choice. `text` never ends inside a character or inside a possible stop string."""
+    """What one step added to one choice. Text never ends inside a character or inside a possible stop string, and
+    reasoning comes before text and calls."""
 
     choice: int
     text: str = ""
+    reasoning: str = ""
+    calls: tuple[ToolPiece, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens whose text has been released
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # for prompt positions 1.., in order
     finish: FinishReason | None = None  # STOP or LENGTH, on the choice's last piece
+    called: bool = False  # with `finish`: STOP because it has called tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +115,7 @@ class Ended:
     """The last event. Usage is summed over choices, but a prompt shared by several choices counts once."""
 
     usage: Usage
+    reasoning_tokens: int = 0  # of the output
 
 
 Event = Began | Piece | Ended

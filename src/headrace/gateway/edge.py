@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headrace.gateway import bounds
 from headrace.gateway.chain import Call, Event, Handler, closing
 from headrace.gateway.errors import Refused, bad, refused
+from headrace.gateway.openapi import Operation
 from headrace.gateway.text import Text
 
 JSON = b"application/json"
@@ -55,6 +56,7 @@ class Reply(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
+    operation: Operation
     parse: Callable[[bytes, Context], tuple[Call, Reply]]  # raises Refused
     error_body: Callable[[Refused], bytes]
 
@@ -103,6 +105,17 @@ class Endpoint:
         except Exception as error:
             last = reply.failed(refused(error))
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+@dataclass(frozen=True, slots=True)
+class ByMethod:
+    """The methods of one path."""
+
+    apps: Mapping[str, ASGIApp]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        await self.apps[method](scope, receive, send)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[object, object, None]) -> None:

@@ -143,18 +143,24 @@ class Generation:
                 every = output.finish is not None
                 logprobs = transcript.logprobs(all_of_them=every) if output.logprobs or every else ()
                 if text or logprobs or output.prompt_logprobs or every:
-                    yield Piece(at, text, logprobs, output.prompt_logprobs, output.finish)
+                    yield Piece(
+                        at,
+                        text,
+                        logprobs=logprobs,
+                        prompt_logprobs=output.prompt_logprobs,
+                        finish=output.finish,
+                    )
             else:
                 return
             shown = transcript.logprobs()
             if output.finish is None:
                 # the text is complete, so it goes out before the service has said what the request had cost
-                yield Piece(at, text, shown, output.prompt_logprobs)
+                yield Piece(at, text, logprobs=shown, prompt_logprobs=output.prompt_logprobs)
                 self.service.abort(request.id, FinishReason.STOP)
                 async for rest in outputs:
                     tally.note(rest.usage)
                 text, shown = "", ()
-            yield Piece(at, text, shown, finish=FinishReason.STOP)
+            yield Piece(at, text, logprobs=shown, finish=FinishReason.STOP)
 
 
 def _reseeded(sampling: Sampling, choice: int) -> Sampling:

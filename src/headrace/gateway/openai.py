@@ -1,29 +1,24 @@
-"""The OpenAI dialect: /v1/chat/completions and /v1/completions to `Call`, events to JSON and server-sent events.
-
-Decides how a feature looks on the wire and nothing about how it works. The parts of a streamed chunk that do not
-change are encoded once per call. Owns the reply of one call at a time.
+"""The OpenAI dialect, what is asked: bodies of /v1/chat/completions and /v1/completions to `Call`; see `replies` for
+what is answered. Decides how a feature looks on the wire and nothing about how it works. No state.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from headrace.core import clock
-from headrace.core.types import FinishReason, Sampling, TokenLogprob, Usage
-from headrace.gateway import bounds
-from headrace.gateway.chain import Began, Call, Chat, Ended, Event, Piece, Prompt
+from headrace.core.types import Sampling
+from headrace.gateway import bounds, shapes
+from headrace.gateway.bounds import Body
+from headrace.gateway.chain import Call, Chat, Prompt
 from headrace.gateway.edge import Context, Dialect, Reply
 from headrace.gateway.errors import Refused, bad
-from headrace.gateway.text import Text
-
-DONE = b"data: [DONE]\n\n"
-_json = msgspec.json.Encoder().encode
+from headrace.gateway.openapi import Answer, Operation
+from headrace.gateway.replies import ChatReply, CompletionReply, Frame, error_body
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -94,13 +89,13 @@ class CompletionRequest(_Common, kw_only=True):
     logprobs: bounds.TopLogprobs | None = None
 
 
-_CHAT = msgspec.json.Decoder(ChatRequest)
-_COMPLETION = msgspec.json.Decoder(CompletionRequest)
+CHAT = Body(ChatRequest)
+COMPLETION = Body(CompletionRequest)
 
 
 def parse_chat(body: bytes, context: Context) -> tuple[Call, Reply]:
     """Raises Refused."""
-    asked = bounds.decode(_CHAT, body)
+    asked = CHAT.decode(body)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise bad("top_logprobs needs logprobs to be true.", "top_logprobs")
     max_tokens = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
@@ -112,12 +107,12 @@ def parse_chat(body: bytes, context: Context) -> tuple[Call, Reply]:
     )
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     call = _call("chatcmpl", asked, context, chat, _sampling(asked, logprobs), max_tokens)
-    return call, _ChatReply(_Frame(call, asked, context, "chat.completion"), context.text)
+    return call, ChatReply(_frame(call, asked, context, "chat.completion"), context.text)
 
 
 def parse_completion(body: bytes, context: Context) -> tuple[Call, Reply]:
     """Raises Refused."""
-    asked = bounds.decode(_COMPLETION, body)
+    asked = COMPLETION.decode(body)
     prompts = _prompts(asked.prompt)
     if len(prompts) * (asked.n or 1) > context.max_choices:
         raise bad(f"{len(prompts)} prompts are more than the {context.max_choices} choices allowed.", "prompt")
@@ -127,14 +122,13 @@ def parse_completion(body: bytes, context: Context) -> tuple[Call, Reply]:
     # a request draws at least one token; with max_tokens 0 it is not shown
     limit = 1 if asked.max_tokens == 0 else asked.max_tokens
     call = _call("cmpl", asked, context, prompts, sampling, limit)
-    frame = _Frame(call, asked, context, "text_completion")
-    return call, _CompletionReply(frame, context.text, prompts, bool(asked.echo), asked.max_tokens == 0)
+    frame = _frame(call, asked, context, "text_completion")
+    return call, CompletionReply(frame, context.text, prompts, bool(asked.echo), asked.max_tokens == 0)
 
 
-def error_body(error: Refused) -> bytes:
-    kind = {429: "rate_limit_error", 401: "authentication_error"}.get(error.status)
-    kind = kind or ("server_error" if error.status >= 500 else "invalid_request_error")
-    return _json({"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}})
+def _frame(call: Call, asked: _Common, context: Context, kind: str) -> Frame:
+    wants_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+    return Frame(call, kind, context.model, bool(asked.stream), wants_usage)
 
 
 def _message(message: Message) -> Mapping[str, Any]:
@@ -209,261 +203,31 @@ def _call(
     )
 
 
-@dataclass(slots=True)
-class _Choice:
-    """What a whole (not streamed) choice has gathered so far."""
-
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[Any] = field(default_factory=list)
-    finish: str | None = None
-
-
-class _Frame:
-    """What every body and chunk of one call have in common."""
-
-    def __init__(self, call: Call, asked: _Common, context: Context, kind: str) -> None:
-        self.stream = bool(asked.stream)
-        self.wants_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        self.wants_logprobs = call.sampling.logprobs is not None
-        self.choices = call.choices * (1 if isinstance(call.asked, Chat) else len(call.asked))
-        chunk = ".chunk" if self.stream and kind == "chat.completion" else ""
-        self.head = {"id": call.id, "object": kind + chunk, "created": int(clock.wall()), "model": context.model}
-        opening = _json(self.head)[:-1]
-        self._opening = b"data: " + opening + b',"choices":[{"index":'
-        self._usage_opening = b"data: " + opening + b',"choices":[],"usage":'
-        self._closing = b'],"usage":null}\n\n' if self.wants_usage else b"]}\n\n"
-
-    def chunk(self, choice: int, rest: bytes) -> bytes:
-        """One event; `rest` continues the choice's object after its index."""
-        return b"%b%d,%b}%b" % (self._opening, choice, rest, self._closing)
-
-    def usage_chunk(self, usage: Usage) -> bytes:
-        return self._usage_opening + _json(_usage(usage)) + b"}\n\n" if self.wants_usage else b""
-
-    def whole(self, choices: Sequence[Mapping[str, Any]], usage: Usage) -> bytes:
-        return _json({**self.head, "choices": choices, "usage": _usage(usage)})
-
-
-def _usage(usage: Usage) -> Mapping[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.output_tokens,
-        "total_tokens": usage.prompt_tokens + usage.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
-
-
-def _failure(error: Refused) -> bytes:
-    return b"data: " + error_body(error) + b"\n\n" + DONE
-
-
-_FINISH = {None: b"null", FinishReason.STOP: b'"stop"', FinishReason.LENGTH: b'"length"'}
-
-
-class _ChatReply:
-    """Events of one chat call as bytes."""
-
-    def __init__(self, frame: _Frame, text: Text) -> None:
-        self.stream = frame.stream
-        self._frame = frame
-        self._text = text
-        self._whole = [] if self.stream else [_Choice() for _ in range(frame.choices)]
-        self._usage = Usage(0, 0, 0)
-
-    def feed(self, event: Event) -> bytes:
-        match event:
-            case Piece():
-                return self._piece(event) if self.stream else self._gather(event)
-            case Began() if self.stream:
-                return b"".join(self._frame.chunk(at, _ROLE) for at in range(self._frame.choices))
-            case Ended():
-                self._usage = event.usage
-        return b""
-
-    def _piece(self, piece: Piece) -> bytes:
-        chunks = b""
-        if piece.text or piece.logprobs:
-            delta = b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null'
-            chunks = self._frame.chunk(piece.choice, delta % (_json(piece.text), self._logprobs(piece.logprobs)))
-        if piece.finish is not None:
-            rest = b'"delta":{},"logprobs":null,"finish_reason":' + _FINISH[piece.finish]
-            chunks += self._frame.chunk(piece.choice, rest)
-        return chunks
-
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> bytes:
-        if not self._frame.wants_logprobs:
-            return b"null"
-        return _json({"content": [_chat_logprob(self._text, item) for item in logprobs], "refusal": None})
-
-    def _gather(self, piece: Piece) -> bytes:
-        choice = self._whole[piece.choice]
-        choice.texts.append(piece.text)
-        choice.logprobs.extend(_chat_logprob(self._text, item) for item in piece.logprobs)
-        choice.finish = piece.finish
-        return b""
-
-    def end(self) -> bytes:
-        return self._frame.usage_chunk(self._usage) + DONE
-
-    def failed(self, error: Refused) -> bytes:
-        return _failure(error)
-
-    def body(self) -> bytes:
-        choices = [
-            {
-                "index": at,
-                "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
-                "logprobs": {"content": choice.logprobs, "refusal": None} if self._frame.wants_logprobs else None,
-                "finish_reason": choice.finish,
-            }
-            for at, choice in enumerate(self._whole)
-        ]
-        return self._frame.whole(choices, self._usage)
-
-
-_ROLE = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-
-
-def _chat_logprob(text: Text, item: TokenLogprob) -> Mapping[str, Any]:
-    top = [_chat_token(text, token_id, logprob) for token_id, logprob in item.top]
-    return {**_chat_token(text, item.token_id, item.logprob), "top_logprobs": top}
-
-
-def _chat_token(text: Text, token_id: int, logprob: float) -> Mapping[str, Any]:
-    name = text.token_bytes(token_id)
-    return {"token": name.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(name)}
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no infinity: a token that cannot be drawn has OpenAI's value for it."""
-    return max(logprob, -9999.0)
-
-
-class _Logged:
-    """The logprobs object of one completion choice: parallel lists, with offsets into the choice's text."""
-
-    def __init__(self, text: Text) -> None:
-        self._text = text
-        self._walk = text.transcript(())
-        self._offset = 0
-        self._taken: dict[str, list[Any]] = self._empty()
-
-    def add(self, token_id: int, item: TokenLogprob | None) -> None:
-        """`item` is None for the first token of a prompt, which nothing predicts."""
-        row = self._taken
-        row["tokens"].append(_completion_token(self._text, token_id))
-        row["token_logprobs"].append(None if item is None else _finite(item.logprob))
-        row["text_offset"].append(self._offset)
-        row["top_logprobs"].append(None if item is None else self._top(item))
-        self._offset += len(self._walk.push((token_id,)))
-
-    def answer_begins(self) -> None:
-        """The prompt's text is complete; the answer is decoded on its own."""
-        self._offset += len(self._walk.end())
-        self._walk = self._text.transcript(())
-
-    def take(self) -> Mapping[str, Any]:
-        taken, self._taken = self._taken, self._empty()
-        return taken
-
-    def _top(self, item: TokenLogprob) -> Mapping[str, float]:
-        return {_completion_token(self._text, token_id): _finite(logprob) for token_id, logprob in item.top}
-
-    @staticmethod
-    def _empty() -> dict[str, list[Any]]:
-        return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-
-
-class _CompletionReply:
-    """Events of one completion call as bytes. With echo, a choice's prompt precedes its first text."""
-
-    def __init__(self, frame: _Frame, text: Text, prompts: Sequence[Prompt], echo: bool, silent: bool) -> None:
-        self.stream = frame.stream
-        self._frame = frame
-        self._text = text
-        self._asked = prompts
-        self._silent = silent  # max_tokens was 0: the answer is the echo alone
-        self._echo_due = [echo] * frame.choices
-        self._prompt_logprobs: list[list[TokenLogprob]] = [[] for _ in range(frame.choices)]
-        self._prompts: Sequence[Sequence[int]] = ()
-        self._logged = [_Logged(text) for _ in range(frame.choices)] if frame.wants_logprobs else []
-        self._whole = [] if self.stream else [_Choice() for _ in range(frame.choices)]
-        self._usage = Usage(0, 0, 0)
-
-    def feed(self, event: Event) -> bytes:
-        match event:
-            case Began():
-                self._prompts = event.prompts
-            case Piece():
-                return self._piece(event)
-            case Ended():
-                self._usage = replace(event.usage, output_tokens=0) if self._silent else event.usage
-        return b""
-
-    def _piece(self, piece: Piece) -> bytes:
-        at = piece.choice
-        self._prompt_logprobs[at].extend(piece.prompt_logprobs)
-        if not (piece.text or piece.logprobs or piece.finish):
-            return b""
-        text = self._echo(at)
-        if not self._silent:
-            text += piece.text
-            for item in piece.logprobs:
-                self._logged[at].add(item.token_id, item)
-        finish = FinishReason.LENGTH if piece.finish and self._silent else piece.finish
-        if self.stream:
-            logprobs = _json(self._logged[at].take()) if self._logged else b"null"
-            rest = b'"text":%b,"logprobs":%b,"finish_reason":%b' % (_json(text), logprobs, _FINISH[finish])
-            return self._frame.chunk(at, rest)
-        self._whole[at].texts.append(text)
-        self._whole[at].finish = finish
-        return b""
-
-    def _echo(self, at: int) -> str:
-        """The prompt's text, once."""
-        if not self._echo_due[at]:
-            return ""
-        self._echo_due[at] = False
-        which = at * len(self._asked) // self._frame.choices
-        asked, ids = self._asked[which], self._prompts[which]
-        if self._logged:
-            for token_id, item in zip(ids, (None, *self._prompt_logprobs[at]), strict=False):
-                self._logged[at].add(token_id, item)
-            self._logged[at].answer_begins()
-        if isinstance(asked, str):
-            return asked
-        walk = self._text.transcript(())
-        return walk.push(ids) + walk.end()
-
-    def end(self) -> bytes:
-        return self._frame.usage_chunk(self._usage) + DONE
-
-    def failed(self, error: Refused) -> bytes:
-        return _failure(error)
-
-    def body(self) -> bytes:
-        choices = [
-            {
-                "index": at,
-                "text": "".join(choice.texts),
-                "logprobs": self._logged[at].take() if self._logged else None,
-                "finish_reason": choice.finish,
-            }
-            for at, choice in enumerate(self._whole)
-        ]
-        return self._frame.whole(choices, self._usage)
-
-
-def _completion_token(text: Text, token_id: int) -> str:
-    """A token's text, or its bytes spelled out where they are no text, so that different tokens stay different."""
-    name = text.token_bytes(token_id)
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in name)
-
-
-DIALECT: Mapping[str, Dialect] = {
-    "/v1/chat/completions": Dialect(parse_chat, error_body),
-    "/v1/completions": Dialect(parse_completion, error_body),
-}
+DIALECTS: Sequence[Dialect] = (
+    Dialect(
+        Operation(
+            "/v1/chat/completions",
+            "POST",
+            "Answer a conversation",
+            {200: Answer(shapes.ChatCompletion)},
+            shapes.Error,
+            CHAT,
+            shapes.ChatChunk,
+        ),
+        parse_chat,
+        error_body,
+    ),
+    Dialect(
+        Operation(
+            "/v1/completions",
+            "POST",
+            "Continue a text",
+            {200: Answer(shapes.Completion)},
+            shapes.Error,
+            COMPLETION,
+            shapes.Completion,
+        ),
+        parse_completion,
+        error_body,
+    ),
+)
