@@ -60,9 +60,13 @@ class Rig:
         block_tokens: int = 4,
         context: int = 64,
         layers: int = 1,
+        host_blocks: int = 0,
+        least_copied_blocks: int = 1,
         **more: Any,
     ) -> None:
-        self.capacity = Capacity(blocks, block_tokens, min(context, blocks * block_tokens), vocab=50, layers=layers)
+        context = min(context, blocks * block_tokens)
+        tiers = {"host_blocks": host_blocks, "least_copied_blocks": least_copied_blocks}
+        self.capacity = Capacity(blocks, block_tokens, context, vocab=50, layers=layers, **tiers)
         policies = {name: more.pop(name) for name in list(more) if callable(more[name])}
         settings = EngineSettings(block_tokens=block_tokens, **more)
         self.recorder = Recorder()

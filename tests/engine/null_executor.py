@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from headrace.core import clock
 from headrace.core.ports import Capacity
-from headrace.core.step import Admitted, Block, Sampled, StepPlan, StepResult, Work
+from headrace.core.step import DEVICE, HOST, Admitted, Block, Sampled, StepPlan, StepResult, Work
 from headrace.core.types import Request, RequestId, TokenLogprob
 
 Prefix = int  # a hash of all tokens up to and with this one: equal prefixes, equal KV
@@ -61,6 +61,8 @@ class NullExecutor:
         self.failing = failing
         self.known: dict[RequestId, Known] = {}
         self.slots: dict[tuple[Block, int, int], Prefix] = {}  # (block, offset, layer)
+        self.host: dict[Block, dict[tuple[int, int], Prefix]] = {}  # what was copied out: block -> (offset, layer)
+        self.copied_out = self.copied_in = 0  # blocks
         self.plans: list[StepPlan] = []
         self.computed_tokens = 0
         self.forgotten: set[RequestId] = set()  # in failed steps: the scheduler may still ask to forget them
@@ -88,6 +90,12 @@ class NullExecutor:
                 for layer in range(self._capacity.layers):
                     slot = (self.known[work.request_id].blocks[position // size], position % size, layer)
                     self.slots.pop(slot, None)
+        for copy in plan.copies:
+            for _, target in copy.pairs:
+                if copy.target_tier == HOST:
+                    self.host.pop(target, None)
+                else:
+                    self._fill(target, {})
         self.forgotten |= set(self.known)
         self.known.clear()
 
@@ -102,13 +110,20 @@ class NullExecutor:
             self._admit(admitted)
         served = [work.request_id for work in plan.work]
         assert len(set(served)) == len(served), "a request has two works in one step"
-        assert {admitted.request.id for admitted in plan.admitted} <= set(served), "admitted without work"
+        fetched = self._check_copies(plan)
+        for admitted in plan.admitted:
+            assert admitted.request.id in served or fetched & {*admitted.blocks}, "admitted without work"
         for work in plan.work:
             self._extend_table(work)
         self._check_writers(plan)
+        self._copy_out(plan)
         for work in plan.work:  # all writes before all reads, as within a layer
             self._write(work)
             self._go_on(work)
+        for known in map(self.known.__getitem__, served):
+            assert not fetched & {*known.blocks}, "a step reads what is copied in beside it"
+            self._read(known)
+        self._copy_in(plan)
         for known in self.known.values():
             self._read(known)
         return StepResult(
@@ -173,6 +188,47 @@ class NullExecutor:
         for position in range(work.start, work.start + work.tokens):
             for layer in range(*(work.layers or (0, self._capacity.layers))):
                 self.slots[known.blocks[position // size], position % size, layer] = made[position]
+
+    def _check_copies(self, plan: StepPlan) -> set[Block]:
+        """Each copy is sorted by the host's blocks, nothing is overwritten twice. Returns the blocks copied in."""
+        fetched: set[Block] = set()
+        for copy in plan.copies:
+            out = (copy.source_tier, copy.target_tier) == (DEVICE, HOST)
+            assert out or (copy.source_tier, copy.target_tier) == (HOST, DEVICE)
+            sides = list(zip(*copy.pairs, strict=True))
+            on_host, targets = sides[1] if out else sides[0], sides[1]
+            assert list(on_host) == sorted(on_host)
+            assert len(set(targets)) == len(targets), "two copies go to one block"
+            assert all(0 <= block < self._capacity.host_blocks for block in on_host)
+            fetched |= set() if out else set(targets)
+        assert [copy.target_tier for copy in plan.copies] in ([], [HOST], [DEVICE], [HOST, DEVICE])
+        return fetched
+
+    def _copy_out(self, plan: StepPlan) -> None:
+        """As early as may be: whatever this step computes is not in it."""
+        size, layers = self._capacity.block_tokens, self._capacity.layers
+        for copy in plan.copies:
+            for source, target in copy.pairs if copy.target_tier == HOST else ():
+                slots = {
+                    (at, layer): self.slots.get((source, at, layer)) for at in range(size) for layer in range(layers)
+                }
+                assert None not in slots.values(), "copied out what nobody computed"
+                self.host[target] = {slot: prefix for slot, prefix in slots.items() if prefix is not None}
+                self.copied_out += 1
+
+    def _copy_in(self, plan: StepPlan) -> None:
+        """As late as may be."""
+        for copy in plan.copies:
+            for source, target in copy.pairs if copy.target_tier == DEVICE else ():
+                self._fill(target, self.host[source])
+                self.copied_in += 1
+
+    def _fill(self, block: Block, slots: dict[tuple[int, int], Prefix]) -> None:
+        for at in range(self._capacity.block_tokens):
+            for layer in range(self._capacity.layers):
+                self.slots.pop((block, at, layer), None)
+                if (at, layer) in slots:
+                    self.slots[block, at, layer] = slots[at, layer]
 
     def _go_on(self, work: Work) -> None:
         """Once the last layer has computed them, tokens are computed."""

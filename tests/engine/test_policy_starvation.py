@@ -12,6 +12,7 @@ from engine_rig import Rig, make_request
 
 from headrace.core.types import SLO, FinishReason, Overloaded
 from headrace.engine.policies.deadlines import LONGEST_S, PATIENCE_S
+from headrace.engine.policies.switching import LEVELS
 from headrace.engine.policy import AGEING_S, ORDERINGS, PREEMPTIONS, PRIORITY_LEVELS
 
 STEP_S = 2.0  # of the rig
@@ -28,6 +29,8 @@ BOUND_S: dict[str, float] = {  # of later arrivals that may overtake
     "mddc": DUE_S,
     "urgency": DUE_S,
     "prefix-groups": 0.0,
+    "random": LEVELS * AGEING_S,
+    "markov": LEVELS * AGEING_S,
 }
 DELAYED = {"priority", "edd", "eddc", "mdd", "mddc", "urgency"}  # by this flood, for long
 

@@ -51,6 +51,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         preemption=st.sampled_from(list(PREEMPTIONS)),
         max_running=st.integers(1, 8),
         prefix_cache=st.sampled_from([True, True, True, False]),
+        host_blocks=st.sampled_from([0, 0, 3, 9, 40]),
+        least_copied_blocks=st.sampled_from([1, 1, 1, 2]),
     )
     def start(self, **choices: Any) -> None:
         self.rig = Rig(**choices, max_queue_requests=6, max_queue_tokens=120)
@@ -131,7 +133,7 @@ def combinations() -> list[tuple[Any, Any, Any, Any]]:
     orderings, admissions = [*ORDERINGS, shortest_left], [*ADMISSIONS, anybody]
     batches, preemptions = [*BATCHES, newest_first], list(PREEMPTIONS)
     return [
-        (ordering, admissions[(at + place) % len(admissions)], batch, preemptions[(at + place // 2) % 2])
+        (ordering, admissions[(at + place) % len(admissions)], batch, preemptions[(at + place // 2) % len(preemptions)])
         for at, ordering in enumerate(orderings)
         for place, batch in enumerate(batches)
     ]
@@ -143,11 +145,11 @@ def test_every_pair_of_policies_is_tried() -> None:
         assert {(choice[one], choice[other]) for choice in tried} >= set(itertools.product(sides[one], sides[other]))
 
 
-def crowd(seed: int, choices: tuple[Any, Any, Any, Any]) -> Rig:
+def crowd(seed: int, choices: tuple[Any, Any, Any, Any], tiered: bool = False) -> Rig:
     """Eight requests at a time in a dozen blocks: most steps preempt, share or finish somebody."""
     rng = random.Random(seed)
     names = ("ordering", "admission", "batch", "preemption")
-    cuts = {"layers": 5 if choices[2] == "layered" else 1}
+    cuts = {"layers": 5 if choices[2] == "layered" else 1, "host_blocks": 20 if tiered else 0}
     rig = Rig(12, rng.choice([3, 9, 30]), context=40, max_running=8, **cuts, **dict(zip(names, choices, strict=True)))
     for number in range(40):
         prompt = [*rng.choice(PREFIXES), *rng.choices(range(2), k=rng.randint(0, 5))]
@@ -175,3 +177,6 @@ def test_crowds(choices: tuple[Any, Any, Any, Any]) -> None:
     assert used["finished"] > 40
     assert used["preempted"] > 5 or choices[1] is not anybody
     assert crowd(1, choices).recorder.events == rig.recorder.events, "a replay took another course"
+    tiered = [crowd(seed, choices, tiered=True) for seed in range(2)]
+    assert sum(rig.executor.copied_out for rig in tiered) > 20
+    assert sum(rig.executor.copied_in for rig in tiered) > 5 or choices[1] is not anybody

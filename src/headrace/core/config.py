@@ -89,7 +89,8 @@ class EngineSettings:
     max_queue_tokens: int = setting(1_000_000, "waiting prompt tokens beyond which new requests are refused with 429")
     prefix_cache: bool = setting(True, "share the KV of equal prompt prefixes")
     ordering: str = setting(
-        "fcfs", "who is next: fcfs, priority, vtc, drr, edd, eddc, mdd, mddc, urgency or prefix-groups"
+        "fcfs",
+        "who is next: fcfs, priority, vtc, drr, edd, eddc, mdd, mddc, urgency, prefix-groups, random or markov",
     )
     admission: str = setting(
         "free-blocks",
@@ -100,8 +101,10 @@ class EngineSettings:
     )
     preemption: str = setting(
         "last-arrived",
-        "who yields: last-arrived, when memory runs out, or priority, also to more urgent ones that wait",
+        "who yields: last-arrived, when memory runs out, priority, also to more urgent ones that wait, or swap, to all "
+        "that precede it",
     )
+    priority_updates: float = setting(0.04, "priorities change so often per step under --ordering random and markov")
     tenant_weights: str = setting("", "shares under --ordering vtc and drr, as name=weight,...; 1 for all others")
     length_window: int = setting(1000, "answers whose lengths predict those of others, where a policy predicts")
 

@@ -21,6 +21,8 @@ class Capacity:
     vocab: int
     steps: int = 1  # how often it may repeat the beat of one plan
     layers: int = 1  # of the model, where a plan may send work through some of them only; 1: all of them at once
+    host_blocks: int = 0  # KV blocks in the host's memory, which plans copy to and from; 0: no such tier
+    least_copied_blocks: int = 1  # of one request: fewer are quicker to compute again than to copy
 
 
 class Executor(Protocol):

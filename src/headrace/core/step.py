@@ -26,10 +26,12 @@ from typing import NamedTuple
 from headrace.core.types import Request, RequestId, TokenLogprob
 
 Block = int  # index of one KV block in its tier
+DEVICE, HOST = "device", "host"  # the tiers there are: where steps compute, and the host's memory behind it
 
 
 class Admitted(NamedTuple):
-    """A request the executor has not seen, or has forgotten since it was preempted."""
+    """A request the executor has not seen, or has forgotten since it was preempted. It has work in this plan, or in a
+    later one if some of its blocks are copied in by this one."""
 
     request: Request
     output_ids: tuple[int, ...]  # drawn before a preemption; empty the first time
@@ -88,7 +90,14 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Moves whole blocks between tiers or replicas; the step may not touch `target` before it is done."""
+    """Moves whole blocks between tiers, beside the step's work, and is over when the step is.
+
+        to the host     done before anything of this step is written to the same device block: a later copy's, or a
+                        work's. `StepPlan.overwrites` tells whether a work waits for it
+        to the device   after the copies to the host, from which it may read. No work of this plan reads its targets
+
+    Neighbours in the host's memory stand next to each other: a run of them, on both sides, is one large copy.
+    """
 
     source_tier: str
     target_tier: str
@@ -121,6 +130,12 @@ class StepPlan(NamedTuple):
     def work(self) -> tuple[Work, ...]:
         """Every row of one repetition, made when somebody asks, O(rows): ask once."""
         return self.others if self.beat is None else (*self.beat.work(), *self.others)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether some work takes a block that this plan copies out, and so cannot begin beside the copy."""
+        left = {source for copy in self.copies if copy.source_tier == DEVICE for source, _ in copy.pairs}
+        return bool(left) and any(not left.isdisjoint(work.new_blocks) for work in self.work)
 
     @property
     def tokens(self) -> int:

@@ -15,20 +15,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from headrace.core.keys import first_key, next_key
-from headrace.core.step import Block
+from headrace.core.step import Block, Copy
 from headrace.core.types import BlockKey
 from headrace.engine.pool import Pool
 from headrace.engine.prefix import PrefixIndex
 from headrace.engine.progress import Progress
+from headrace.engine.tiers import Name, Tiers
 
 
 class Memory:
     """The block tables of one replica's requests."""
 
-    def __init__(self, blocks: int, block_tokens: int, prefix_cache: bool) -> None:
+    def __init__(
+        self, blocks: int, block_tokens: int, prefix_cache: bool, host_blocks: int = 0, least_copied_blocks: int = 1
+    ) -> None:
         self.block_tokens = block_tokens
         self.index = PrefixIndex()
         self.pool = Pool(blocks, self.index)
+        self.tiers = Tiers(host_blocks, block_tokens, least_copied_blocks, self.index.find) if host_blocks else None
         self._prefix_cache = prefix_cache
 
     def enrol(self, progress: Progress) -> None:
@@ -56,6 +60,37 @@ class Memory:
         full = min((other.computed_tokens + other.pending_tokens) // self.block_tokens, len(other.keys))
         wanted = progress.reads_cache and at < min(len(progress.keys), (progress.known_tokens - 1) // self.block_tokens)
         return wanted and other.writes_cache and at < full and progress.keys[at] == other.keys[at]
+
+    def on_host(self, progress: Progress, start: int) -> Sequence[Name]:
+        """Copies of the blocks from the token `start` on, for a request that waits."""
+        return self.tiers.found(progress, start // self.block_tokens) if self.tiers else ()
+
+    def fetch(self, progress: Progress, names: Sequence[Name]) -> None:
+        """Take a block for each of these copies, and copy them in. They get their names on the device with the next
+        work, when they are there."""
+        assert self.tiers is not None, "what is on the host came from somewhere"
+        blocks = self.pool.take(len(names))
+        self.tiers.fetch(progress, names, blocks)
+        progress.blocks += blocks
+        progress.computed_tokens += len(names) * self.block_tokens
+
+    def arriving(self, names: Sequence[Name]) -> bool:
+        """Whether some of these are being copied in for somebody else, and can be shared after this step."""
+        return bool(names) and self.tiers is not None and self.tiers.arriving(names)
+
+    @property
+    def fetching(self) -> bool:
+        """Whether the step being planned copies blocks in."""
+        return self.tiers is not None and self.tiers.fetching
+
+    @property
+    def copying(self) -> bool:
+        """Whether it copies any, in or out."""
+        return self.tiers is not None and self.tiers.busy
+
+    def copies(self) -> tuple[Copy, ...]:
+        """Those of the step that has been planned."""
+        return self.tiers.seal() if self.tiers else ()
 
     def cost(self, hits: Sequence[Block]) -> int:
         """Free blocks that adopting `hits` would use up: those nobody holds."""
@@ -108,14 +143,17 @@ class Memory:
             at += 1
         progress.named_blocks = at
 
-    def release(self, progress: Progress, fresh: list[BlockKey]) -> None:
+    def release(self, progress: Progress, fresh: list[BlockKey], waits: bool = False) -> None:
         """Give all blocks back, last first. Those with a name stay findable until they are needed, so what was
-        generated gets its names now: nobody can ask for it sooner than in a next turn."""
+        generated gets its names now: nobody can ask for it sooner than in a next turn. With a host tier it leaves
+        copies there; if it `waits`, to go on with."""
+        full = progress.computed_tokens // self.block_tokens
         if progress.writes_cache:
-            full = progress.computed_tokens // self.block_tokens
             while len(progress.keys) < full and self._next_key(progress):
                 pass
             self.name(progress, fresh)
+        if self.tiers:
+            self.tiers.leave(progress, full, waits)
         if progress.named_blocks:
             self.pool.release(reversed(progress.blocks))
         else:  # nobody else can have found one
@@ -123,18 +161,24 @@ class Memory:
         progress.blocks = []
         progress.computed_tokens = progress.named_blocks = progress.pending_tokens = progress.passed_layers = 0
 
-    def forget(self, keys: Iterable[BlockKey]) -> None:
-        """What these keys promise was never computed."""
+    def fail(self, keys: Iterable[BlockKey]) -> None:
+        """What these keys promise was never computed, and what was to be copied was maybe not."""
         for key in keys:
             block = self.index.find(key)
             if block is not None:
                 self.pool.forget(block)
+            if self.tiers:
+                self.tiers.forget(key)
+        if self.tiers:
+            self.tiers.fail()
 
     def check(self, requests: Iterable[Progress]) -> None:
         """Everything held is held by one of `requests`, and every table is just long enough."""
         self.pool.check()
         self.index.check()
         requests = list(requests)
+        if self.tiers:
+            self.tiers.check(requests)
         self.pool.check_held(progress.blocks for progress in requests)
         for progress in requests:
             held = self.blocks_for(progress.computed_tokens + progress.pending_tokens)

@@ -98,10 +98,10 @@ class Planner:
                 share = wishes.send(granted)
             except StopIteration:
                 share = None
-        if step.empty:
+        if step.empty and not self._memory.fetching:
             self._serve_first(step)
         step.steps = self._repetitions(step, most_steps)
-        assert not step.empty, "nobody was served although somebody is here"
+        assert not step.empty or self._memory.fetching, "nobody was served although somebody is here"
 
     def order_matters(self) -> bool:
         """Whether anything in the next step depends on who is next: somebody could start, catches up, or has to yield.
@@ -136,11 +136,9 @@ class Planner:
             progress = self._lines.live[view.request.id]
             if step.served(progress):
                 continue
-            was_waiting = progress.state is State.WAITING
-            granted = self._serve(progress, left, share.whole, step)
-            if was_waiting and not granted:
+            left -= self._serve(progress, left, share.whole, step)
+            if progress.state is State.WAITING:
                 break
-            left -= granted
         return share.tokens - left
 
     def _serve(self, progress: Progress, most: int, whole: bool, step: Step) -> int:
@@ -165,7 +163,7 @@ class Planner:
             if step.served(progress):
                 continue
             hits, start, tokens = self._missing(progress)
-            was_waiting, begun = progress.state is State.WAITING, progress.pending_tokens > 0
+            begun = progress.pending_tokens > 0
             whole = not begun and ((tokens <= left and not cohort) or progress.state is State.DECODING)
             if not (begun or whole):
                 room = min(share.cohort, left * self._layers) - cohort_tokens
@@ -174,7 +172,7 @@ class Planner:
                 tokens = min(tokens, room)
             taken = self._take(progress, hits, start, tokens, step)
             if taken is None:
-                if was_waiting:
+                if progress.state is State.WAITING:
                     break
             elif whole:
                 left -= self._advance(progress, taken, self._layers, step)
@@ -211,19 +209,27 @@ class Planner:
 
     def _take(self, progress: Progress, hits: Sequence[Block], start: int, tokens: int, step: Step) -> _Taken | None:
         """Memory for so many tokens from `start` on, or for as many as there is memory; they are pending then. Admits
-        it if it waits. None if it may not start, or there is no memory."""
+        it if it waits. None if it may not start, there is no memory, or copies have to come first."""
         if progress.pending_tokens:
             progress.served_step = step.number
             return (), ()
         memory, waiting = self._memory, progress.state is State.WAITING
-        own = 0 if start % self._block_tokens else 1
+        copied = memory.on_host(progress, start) if waiting else ()
+        own = len(copied) or (0 if start % self._block_tokens else 1)
+        if memory.arriving(copied):
+            return None
         if not (self._may_start(progress, hits, own, step) if waiting else self._make_room(progress, hits, own, step)):
             return None
         if progress.state is State.DECODING:
             self._lines.decoding.remove(progress)  # goes alone, for this step
         replaced = memory.adopt(progress, hits)
+        if copied:
+            memory.fetch(progress, copied)
         if waiting:
             self._admit(progress, step)
+        if copied:
+            progress.served_step = step.number
+            return None
         adopted = () if waiting else tuple(hits[len(replaced) :])
         progress.pending_tokens = min(tokens, memory.reachable_tokens(progress) - start)
         progress.served_step = step.number
@@ -277,9 +283,10 @@ class Planner:
         may start then. One in a step."""
         first = self._lines.waiting.first
         hits, running = self._memory.match(first), self._lines.running()
+        own = len(self._memory.on_host(first, len(hits) * self._block_tokens)) or 1
         behind = [other for other in running if other.order > first.order]
         victims: list[Progress] = []
-        while not self._fits(first, hits, 1, victims):
+        while not self._fits(first, hits, own, victims):
             chosen = self._policies.preemption(behind, first) if behind else None
             victim = next((other for other in behind if other is chosen), None)
             if victim is None:
@@ -372,7 +379,7 @@ class Planner:
         anybody yielding, and nobody reaches its length."""
         lines = self._lines
         unsettled = step.others or step.preempted or step.beat is None or step.beat.paused or lines.prefilling
-        if most == 1 or unsettled or self._first_is_stuck:
+        if most == 1 or unsettled or self._first_is_stuck or self._memory.copying:
             return 1
         if not self._repeatable[self._startable]:
             return 1
@@ -417,9 +424,10 @@ class Planner:
         self.preempt(victim, step.now, reason)
 
     def preempt(self, progress: Progress, now: float, reason: str) -> None:
-        """Back to waiting, to its old place in the ordering; its blocks stay cached as long as nobody needs them."""
+        """Back to waiting, to its old place in the ordering; its blocks stay cached as long as nobody needs them, and
+        go to the host if there is a tier."""
         self._observe(events.Preempted(now, progress.id, progress.computed_tokens, reason))
         self._lines.move(progress, State.WAITING)
-        self._memory.release(progress, [])
+        self._memory.release(progress, [], waits=True)
         progress.preemptions += 1
         progress.queued_s = now

@@ -32,7 +32,8 @@ from headrace.engine.policies.joints import (
     Share,
 )
 from headrace.engine.policies.ordering import AGEING_S, PRIORITY_LEVELS, fcfs, priority
-from headrace.engine.policies.preemption import MOST_PREEMPTIONS, last_arrived, lower_level
+from headrace.engine.policies.preemption import MOST_PREEMPTIONS, last_arrived, lower_level, swap
+from headrace.engine.policies.switching import PriorityTrace, markov_priority, random_priority
 
 __all__ = [
     "ADMISSIONS",
@@ -58,6 +59,7 @@ __all__ = [
     "PoolView",
     "Preemption",
     "PrefixGroups",
+    "PriorityTrace",
     "RequestView",
     "Share",
     "TokenCounter",
@@ -83,6 +85,7 @@ __all__ = [
     "slack",
     "splitfuse",
     "static",
+    "swap",
     "token_budget",
 ]
 
@@ -108,6 +111,8 @@ ORDERINGS: Mapping[str, Make[Ordering]] = {
     "mddc": partial(Due, mddc),
     "urgency": partial(Due, slack),
     "prefix-groups": PrefixGroups,
+    "random": random_priority,
+    "markov": markov_priority,
 }
 ADMISSIONS: Mapping[str, Make[Admission]] = {
     "free-blocks": _just(free_blocks),
@@ -125,7 +130,11 @@ BATCHES: Mapping[str, Make[BatchFormer]] = {
     "filling": _just(filling),
     "layered": _just(layered),
 }
-PREEMPTIONS: Mapping[str, Make[Preemption]] = {"last-arrived": _just(last_arrived), "priority": _just(lower_level)}
+PREEMPTIONS: Mapping[str, Make[Preemption]] = {
+    "last-arrived": _just(last_arrived),
+    "priority": _just(lower_level),
+    "swap": _just(swap),
+}
 ORACLE = "oracle"  # an admission for those who know the lengths of answers
 
 # Functions, or the types of objects.

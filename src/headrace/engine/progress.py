@@ -74,6 +74,7 @@ class Progress:
         "served_step",
         "state",
         "stop_token_ids",
+        "swapped_blocks",
         "writes_cache",
     )
 
@@ -106,6 +107,7 @@ class Progress:
         self.first_token_s: float | None = None
         self.cached_tokens = 0
         self.preemptions = 0
+        self.swapped_blocks = 0  # the most it left on the host to go on with
 
     @property
     def computed_tokens(self) -> int:

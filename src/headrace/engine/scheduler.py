@@ -75,7 +75,8 @@ class Scheduler:
         if listeners := self._policies.listeners():
             observer = _Told(listeners, observer)
         self._observe = observer.observe
-        self._memory = Memory(capacity.blocks, capacity.block_tokens, settings.prefix_cache)
+        blocks, host = (capacity.blocks, capacity.block_tokens), (capacity.host_blocks, capacity.least_copied_blocks)
+        self._memory = Memory(*blocks, settings.prefix_cache, *host)
         self._lines = Lines(capacity.block_tokens)
         self._deadlines = Deadlines()
         self._bounds = Bounds(settings.max_queue_requests, settings.max_queue_tokens)
@@ -206,9 +207,11 @@ class Scheduler:
             return []
         served = [*_without(step.members, step.left), *(progress for progress, _ in self._served(step))]
         outputs = [self._finish(progress, FinishReason.ERROR, now, error) for progress in served]
-        self._memory.forget(step.fresh)
+        self._memory.fail(step.fresh)
         self._flight = None
         for progress in self._lines.running():
+            if progress.served_step == step.number:  # what it was to go on with was being copied
+                progress.computed_tokens = 0
             self._planner.preempt(progress, now, "a step failed")
         return outputs
 
@@ -227,7 +230,8 @@ class Scheduler:
 
     def _seal(self, step: Step) -> StepPlan | None:
         released, self._lines.released = tuple(self._lines.released), []
-        if step.empty and not released:
+        copies = self._memory.copies()
+        if step.empty and not released and not copies:
             return None
         self.steps += 1
         self._flight = step
@@ -239,6 +243,7 @@ class Scheduler:
             tuple(step.others),
             tuple(step.admitted),
             released,
+            copies,
             beat=step.beat,
             steps=step.steps,
             until_s=math.inf if (due := self.next_deadline()) is None else due,

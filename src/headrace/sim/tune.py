@@ -61,11 +61,13 @@ def space(scenario: Scenario, fixed: Collection[str] = (), *, stated: bool = Fal
     """What is searched: every setting that the simulator prices and that is not `fixed`. Raises what the site raises.
 
     Left out: orderings by promised dates unless clients have `stated` them, because no OpenAI client can; Orca's
-    batches, whose steps know no bound and activations no place; a shorter queue, because refusing is not serving;
+    batches, whose steps know no bound and activations no place; priorities that nobody gave; a shorter queue, because refusing is not serving;
     sizes of blocks, whose price in kernels no cost model here knows; and whatever changes no times.
     """
     start = scenario.engine
-    names = [name for name, make in policy.ORDERINGS.items() if stated or not _by_date(make(EngineSettings()))]
+    made = {name: make(EngineSettings()) for name, make in policy.ORDERINGS.items()}
+    made = {name: one for name, one in made.items() if not isinstance(one, policy.PriorityTrace)}
+    names = [name for name, one in made.items() if stated or not _by_date(one)]
     axes = [
         Axis("ordering", tuple(names)),
         Axis("admission", tuple(policy.ADMISSIONS)),

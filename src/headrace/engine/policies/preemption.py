@@ -1,4 +1,6 @@
-"""Who yields: to a running request that finds no block, or to a waiting one that may not start."""
+"""Who yields: to a running request that finds no block, or to a waiting one that may not start. What it has computed is
+computed again, or copied back if the replica has a host tier (see `engine.tiers`).
+"""
 
 from __future__ import annotations
 
@@ -26,3 +28,16 @@ def lower_level(behind: Sequence[RequestView], needy: RequestView) -> RequestVie
         return behind[-1]
     yielding = (one for one in reversed(behind) if level(one) < level(needy) and one.preemptions < MOST_PREEMPTIONS)
     return next(yielding, None)
+
+
+def swap(behind: Sequence[RequestView], needy: RequestView) -> RequestView | None:
+    """The last in the ordering, to whoever precedes it (FastSwitch): with priorities that change, the best that fit run
+    and the others wait with their KV on the host. Without a host tier each switch is computed again.
+
+    The bound: who waits is bounded as its ordering says. A request yields to waiting ones at most MOST_PREEMPTIONS
+    times more than it drew tokens, so however priorities change, everybody comes to an end.
+    """
+    if needy.running:
+        return behind[-1]
+    drawn = ((one, one.known_tokens - one.prompt_tokens) for one in reversed(behind))
+    return next((one for one, tokens in drawn if one.preemptions < MOST_PREEMPTIONS + tokens), None)
