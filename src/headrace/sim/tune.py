@@ -61,8 +61,9 @@ def space(scenario: Scenario, fixed: Collection[str] = (), *, stated: bool = Fal
     """What is searched: every setting that the simulator prices and that is not `fixed`. Raises what the site raises.
 
     Left out: orderings by promised dates unless clients have `stated` them, because no OpenAI client can; Orca's
-    batches, whose steps know no bound and activations no place; priorities that nobody gave; a shorter queue, because refusing is not serving;
-    sizes of blocks, whose price in kernels no cost model here knows; and whatever changes no times.
+    batches, whose steps know no bound and activations no place; priorities that nobody gave; a shorter queue, because
+    refusing is not serving; sizes of blocks, whose price in kernels no cost model here knows; and whatever changes no
+    times.
     """
     start = scenario.engine
     made = {name: make(EngineSettings()) for name, make in policy.ORDERINGS.items()}
