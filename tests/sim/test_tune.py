@@ -280,7 +280,7 @@ def test_searched_policies_decide_the_same_without_promises() -> None:
             digests = [answer(replace(one, engine=engine)).digest for one in (busy, mute)]
             assert digests[0] == digests[1], f"{axis.field} {value}"
     stated = {name for axis in space(busy, stated=True) if axis.field == "ordering" for name in axis.values}
-    assert stated == set(policy.ORDERINGS)
+    assert stated == set(policy.ORDERINGS) - {"random", "markov"}
 
 
 @settings(derandomize=True, max_examples=30, deadline=None)
