@@ -1,8 +1,12 @@
 """The simulator against the live engine on this machine: six workloads that the calibration has not seen, the same
 arrivals run for real and in virtual time, one table of live, simulated and error.
 
-Run `make accuracy`, alone on the machine: it calibrates (or takes --calibration FILE), then each workload plays for
-about a minute. Live times are those of a client in the same process that reads the engine's streams; HTTP comes on top.
+Run `make accuracy`, alone on the machine. The speed of shared machines drifts while a workload plays for a minute, and
+that is no error of the simulator: steps are measured before and after each workload, as `headrace calibrate` does, and
+its prices are fitted to both. They see nothing of the workload. Live times are those of a client in the same process
+that reads the engine's streams; HTTP comes on top.
+
+    steps | chat | steps | chat | steps | clients | steps ...        prices of a workload: the steps on its two sides
 """
 
 from __future__ import annotations
@@ -18,12 +22,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from statistics import mean, median
+from statistics import mean
 
 import msgspec
 
 from headrace.cli.assemble import Phases, add_model
-from headrace.cli.calibrate import Extent, Live, calibrate, open_live, report
+from headrace.cli.calibrate import Extent, Live, fitted, open_live, report
+from headrace.cli.calibrate import measure as measure_steps
 from headrace.cli.recordings import Both
 from headrace.core import clock
 from headrace.core.events import Event, Finished
@@ -31,17 +36,15 @@ from headrace.core.keys import block_keys
 from headrace.core.types import Request, Tokens
 from headrace.engine.loop import Engine
 from headrace.engine.scheduler import Scheduler
-from headrace.sim import calibration as stored
-from headrace.sim.measure import Session, Step, Watch, probing
+from headrace.sim.measure import Step, Watch, grouped
 from headrace.sim.run import Site, simulate
 from headrace.workload.arrival import Arrival
 from headrace.workload.settings import WorkloadSettings, workload
 
 FLAGS = ["--max-running", "32", "--token-budget", "128", "--kv-memory", "3GiB"]
-EXTENT = Extent(rows=32, context=512, rounds=5)
+EXTENT = Extent(rows=32, context=512, rounds=3)
 CHAT, LONG = "16:120,8:48", "16:100@85+260:440@15,8:48"
 MEAN_BOUND, P99_BOUND = 0.05, 0.15
-REFERENCE = Session((64,) * 4, (((0, 64),), ((32, 64),)))
 DRIFT, OTHERS, RUNS = 0.04, 0.02, 2  # run so often in all, if the machine drifted or worked for others more than this
 
 
@@ -129,7 +132,7 @@ class Row:
     cached: tuple[int, int]  # tokens found in the prefix cache, live and simulated
     steps: float  # simulated seconds of the live steps over their own, minus 1
     outside: float  # share of the live steps that the calibration did not cover
-    drift: float  # of the reference step since the calibration
+    drift: float  # of the machine: what the steps after it took over those before it, minus 1
     others: float  # of all processor time, meanwhile
     runs: int
 
@@ -252,15 +255,19 @@ async def play(live: Live, arrivals: Sequence[Arrival], clients: int) -> Played:
     return Played(people.lives, watch.steps, lives.cached_tokens)
 
 
-async def reference(live: Live) -> float:
-    """Seconds of a few fixed steps: what the machine's speed is now."""
-    async with probing(live.loaded.executor, live.settings, live.token_budget) as prober:
-        await prober.prepare([64] * 6)
-        for _ in range(2):
-            await prober.session(REFERENCE, 0)
-    steps = [step for step in prober.watch.steps if step.label is not None]
-    decodes = [step.seconds for step in steps if step.batch.tokens == step.batch.decodes]
-    return median(decodes) + median(step.seconds for step in steps if step.batch.tokens > step.batch.decodes)
+def steps_now(live: Live) -> list[Step]:
+    return clock.run(measure_steps(live, EXTENT))
+
+
+def drift_of(before: Sequence[Step], after: Sequence[Step]) -> float:
+    """What the same steps took later over what they took first, minus 1."""
+    then, now = (sum(one.sample.seconds for one in grouped(steps)) for steps in (before, after))
+    return now / then - 1
+
+
+def site_of(live: Live, steps: Sequence[Step]) -> Site:
+    capacity, budget = live.loaded.executor.capacity, live.token_budget
+    return replace(fitted(live, steps).site(), settings=live.settings, capacity=capacity, token_budget=budget)
 
 
 # -- simulated ---------------------------------------------------------------------------------------------------------
@@ -295,17 +302,18 @@ def traffic(site: Site, asked: Workload, seconds: float) -> tuple[list[Arrival],
 # -- both --------------------------------------------------------------------------------------------------------------
 
 
-def compare(live: Live, site: Site, asked: Workload, seconds: float, reference_s: float) -> tuple[Row, Played]:
-    """Again if the machine was not itself, as the reference says."""
-    arrivals, clients = traffic(site, asked, seconds)
-    runs, drift, others = 0, math.inf, 1.0
+def compare(live: Live, asked: Workload, seconds: float, before: list[Step]) -> tuple[Row, Played, list[Step]]:
+    """Again if the machine was not itself. `before` are the steps measured last; returns those measured since, too."""
+    arrivals, clients = traffic(site_of(live, before), asked, seconds)
+    runs, drift, others, after = 0, math.inf, 1.0, before
     while runs < RUNS and (abs(drift) > DRIFT or others > OTHERS):
-        runs += 1
-        before_s = clock.run(reference(live))
+        runs, before = runs + 1, after
         used = Used.now()
         played = clock.run(play(live, arrivals, clients))
         others = Used.now().others_since(used)
-        drift = (before_s + clock.run(reference(live))) / 2 / reference_s - 1
+        after = steps_now(live)
+        drift = drift_of(before, after)
+    site = site_of(live, [*before, *after])
     lives, cached_tokens = imagine(site, arrivals, clients)
     spent_s = sum(step.seconds for step in played.steps)
     priced = [site.cost.estimate(step.batch) for step in played.steps]
@@ -322,7 +330,7 @@ def compare(live: Live, site: Site, asked: Workload, seconds: float, reference_s
         others,
         runs,
     )
-    return row, played
+    return row, played, after
 
 
 def error(simulated: float, live: float) -> float:
@@ -367,30 +375,18 @@ def notes(row: Row) -> str:
     return (
         f"  {row.name}: {row.requests} requests, {row.rate:.2f} a second; prefix cache {row.cached[0]} tokens live, "
         f"{row.cached[1]} simulated; live steps priced {row.steps:+.1%}, {row.outside:.1%} of them outside the "
-        f"calibrated range; reference {row.drift:+.1%} since the calibration; others used {row.others:.1%} of the "
+        f"measured range; steps {row.drift:+.1%} from before to after; others used {row.others:.1%} of the "
         f"machine; run {row.runs}"
     )
 
 
 def measure(live: Live, args: argparse.Namespace) -> list[Row]:
-    """The reference is measured before and after a calibration, as that lasts a while."""
-    clock.run(reference(live))  # the first steps touch memory for the first time
-    references = [clock.run(reference(live))]
-    if args.calibration:
-        calibration = stored.load(args.calibration)
-    else:
-        used = Used.now()
-        calibration = clock.run(calibrate(live, EXTENT))
-        print(f"calibrated while others used {Used.now().others_since(used):.1%} of the machine")
-        references.append(clock.run(reference(live)))
-    print(report(calibration), flush=True)
-    if args.store:
-        stored.store(calibration, args.store)
-    capacity, budget = live.loaded.executor.capacity, live.token_budget
-    site = replace(calibration.site(), settings=live.settings, capacity=capacity, token_budget=budget)
+    steps_now(live)  # the first steps touch memory for the first time
+    steps = steps_now(live)
+    print(report(fitted(live, steps)), flush=True)
     rows = []
     for asked in (one for one in WORKLOADS if args.only in one.name):
-        row, played = compare(live, site, asked, args.seconds, mean(references))
+        row, played, steps = compare(live, asked, args.seconds, steps)
         rows.append(row)
         print(notes(row), flush=True)
         if args.steps:
@@ -403,8 +399,6 @@ def measure(live: Live, args: argparse.Namespace) -> list[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model(parser)
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="take a stored one")
-    parser.add_argument("--store", type=Path, metavar="FILE", help="keep the calibration")
     parser.add_argument("--steps", type=Path, metavar="FILE", help="keep every live step, for finding out why")
     parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name has this in it")
     parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals in each workload (default: 60)")

@@ -12,7 +12,7 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,7 +28,7 @@ from headrace.core.config import BadSetting, DeviceSettings, EngineSettings
 if TYPE_CHECKING:
     from headrace.device.load import Loaded
     from headrace.sim.calibration import Calibration, Origin
-    from headrace.sim.measure import Prober, Session
+    from headrace.sim.measure import Prober, Session, Step
 
 ROWS, CONTEXT, ROUNDS = 32, 512, 5
 QUICK = (4, 64, 1)
@@ -126,22 +126,32 @@ async def _calibrate(live: Live, extent: Extent) -> Calibration:
         await live.loaded.executor.close()
 
 
-async def calibrate(live: Live, extent: Extent, bar: Callable[[str, float], None] | None = None) -> Calibration:
+async def calibrate(live: Live, extent: Extent) -> Calibration:
     """Measure, fit and cross-validate."""
-    from headrace.sim.calibration import FORMAT, Calibration, Point, fit_best
-    from headrace.sim.measure import documents, grouped, host_seconds, probing
+    return fitted(live, await measure(live, extent))
+
+
+async def measure(live: Live, extent: Extent, bar: Callable[[str, float], None] | None = None) -> list[Step]:
+    """Steps of every kind that the extent asks for and the engine can hold."""
+    from headrace.sim.measure import documents, probing
 
     bar = bar or show
-    executor = live.loaded.executor
     extent, sessions = _fitting(live, extent)
-    async with probing(executor, live.settings, live.token_budget) as prober:
+    async with probing(live.loaded.executor, live.settings, live.token_budget) as prober:
         lengths = documents(sessions)
         await prober.prepare(lengths, lambda done: bar("fill the KV that steps read", done / len(lengths)))
         await _measure(prober, sessions, extent.rounds, bar)
-    steps = [step for step in prober.watch.steps if step.label is not None]
-    measured = grouped(steps)
+    return [step for step in prober.watch.steps if step.label is not None]
+
+
+def fitted(live: Live, steps: Sequence[Step]) -> Calibration:
+    """What measured steps tell about all others."""
+    from headrace.sim.calibration import FORMAT, Calibration, Point, fit_best
+    from headrace.sim.measure import grouped, host_seconds
+
+    executor, measured = live.loaded.executor, grouped(steps)
     row_sizes = executor.row_sizes
-    fitted, errors = fit_best([one.sample for one in measured], row_sizes)
+    best, errors = fit_best([one.sample for one in measured], row_sizes)
     return Calibration(
         format=FORMAT,
         origin=live.origin,
@@ -151,7 +161,7 @@ async def calibrate(live: Live, extent: Extent, bar: Callable[[str, float], None
         row_sizes=row_sizes,
         host_s=host_seconds(steps),
         points=tuple(map(Point.of, measured)),
-        fitted=fitted,
+        fitted=best,
         errors=errors,
     )
 

@@ -20,7 +20,7 @@ import msgspec
 
 from headrace.core.clock import Timeline
 from headrace.sim.feed import NotApart
-from headrace.sim.run import Fleet, Part, Report, Site, merged
+from headrace.sim.run import Fleet, Part, Report, Site, merged, seldom_collected
 from headrace.sim.workers import forked
 from headrace.workload.arrival import Arrival
 
@@ -38,7 +38,8 @@ def simulate_apart(arrivals: Callable[[], Iterable[Arrival]], site: Site, *, pro
 
     def work(share: bytes) -> bytes:
         try:
-            parts: list[Part] | None = in_turns(arrivals(), site, shares[int(share)])
+            with seldom_collected():
+                parts: list[Part] | None = in_turns(arrivals(), site, shares[int(share)])
         except NotApart:
             parts = None
         return msgspec.msgpack.encode(parts, enc_hook=lambda kept: kept.state())
