@@ -64,6 +64,7 @@ class Assembled:
     metrics: Metrics
     loaded: Loaded
     token_budget: int
+    checkpoint: Checkpoint
 
 
 def assemble(
@@ -93,7 +94,7 @@ def assemble(
     name = served_name or (checkpoint.name if Path(args.model).exists() else args.model)
     engine = Engine(name, scheduler, executor)
     phase.done()
-    return Assembled(name, engine, text_of(checkpoint), metrics, loaded, budget)
+    return Assembled(name, engine, text_of(checkpoint), metrics, loaded, budget, checkpoint)
 
 
 def open_model(model: str, phase: Phases) -> Checkpoint:

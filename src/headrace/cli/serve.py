@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from headrace.cli.assemble import Assembled, Phases, add_model, assemble, summary
+from headrace.cli.extras import Beside, open_beside
 from headrace.cli.recordings import Recordings
 from headrace.core import clock, config
 from headrace.core.config import GatewaySettings
@@ -55,26 +56,30 @@ def run(args: argparse.Namespace) -> int:
     print(f"headrace serve {args.model}", file=sys.stderr)
     with Recordings(settings.record, settings.record_plans) as recordings:
         assembled = assemble(args, toml, phase, settings.served_name, recordings.watched)
+        beside = open_beside(assembled, settings, phase)
         print(summary(assembled, phase), file=sys.stderr)
-        return clock.run(_serve(assembled, settings, recordings))
+        return clock.run(_serve(assembled, beside, settings, recordings))
 
 
-async def _serve(assembled: Assembled, settings: GatewaySettings, recordings: Recordings) -> int:
+async def _serve(assembled: Assembled, beside: Beside, settings: GatewaySettings, recordings: Recordings) -> int:
     """Run the engine and the server side by side until a signal drains both."""
     from headrace.gateway.app import build
     from headrace.gateway.server import serve
 
     service = recordings.noted(assembled.engine)
-    app = build(service, assembled.text, settings, assembled.metrics)
+    app = build(service, assembled.text, settings, assembled.metrics, beside.extras)
 
     def ready(url: str) -> None:
         print(_HELLO.format(url=url, name=assembled.name), file=sys.stderr, flush=True)
 
-    engine = asyncio.create_task(assembled.engine.run())
+    running = [asyncio.create_task(assembled.engine.run())]
+    if beside.batcher is not None:
+        running.append(asyncio.create_task(beside.batcher.run()))
     try:
         await serve(app, service, settings, ready)
     finally:
-        engine.cancel()
-        await asyncio.gather(engine, return_exceptions=True)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         await assembled.loaded.executor.close()
     return 0

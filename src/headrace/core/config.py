@@ -130,6 +130,15 @@ class GatewaySettings:
     served_name: str | None = setting(None, "the model's name in the API; by default derived from its source")
     max_body: Bytes = setting(Bytes(8 << 20), "largest request body")
     max_choices: int = setting(128, "largest n")
+    embedding_model: str = setting(
+        "all-minilm-l6-v2", "model behind /v1/embeddings, as for MODEL; loaded only if it is here; none for none"
+    )
+    state_dir: Path | None = setting(
+        None, "where files, batches and responses are kept; by default state/ beside the pulled models"
+    )
+    max_file: Bytes = setting(Bytes(100 << 20), "largest file that may be uploaded")
+    max_stored: Bytes = setting(Bytes(4 << 30), "largest size of all files together")
+    batch_requests: int = setting(8, "requests of batches that are computed side by side, behind all others")
     drain_timeout_s: float = setting(30.0, "seconds that running requests get after SIGTERM")
     record: Path | None = setting(
         None, "write when requests came, how long they were and what they shared to this file, never what they said"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,4 +81,36 @@ class Service(Protocol):
 class Observer(Protocol):
     def observe(self, event: Event) -> None:
         """Called synchronously, in order, on the loop's thread; must be fast and must not raise."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """What an embedding model takes and gives."""
+
+    model: str
+    dimensions: int  # of a vector
+    max_tokens: int  # of one text, with the marks around it
+    vocab: int
+
+
+class Encoder(Protocol):
+    """Turns token ids into vectors, one batch at a time."""
+
+    @property
+    def encoding(self) -> Encoding: ...
+
+    async def encode(self, sequences: Sequence[Sequence[int]]) -> list[bytes]:
+        """A unit vector of `dimensions` float32, little-endian, per sequence. Raises if the batch failed as a whole."""
+        ...
+
+
+class Embedder(Protocol):
+    """As an encoder, for many callers at once. The gateway holds one."""
+
+    @property
+    def encoding(self) -> Encoding: ...
+
+    async def embed(self, sequences: Sequence[Sequence[int]]) -> list[bytes]:
+        """A vector per sequence. Raises Overloaded or Unavailable, and HeadraceError if the encoder failed."""
         ...

@@ -102,6 +102,11 @@ class ModelExecutor:
     def capacity(self) -> Capacity:
         return self._capacity
 
+    @property
+    def thread(self) -> ThreadPoolExecutor:
+        """Where steps run; other tensor work of the process belongs there too, between the steps."""
+        return self._thread
+
     async def run(self, plan: StepPlan) -> StepResult:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.step, plan)
 

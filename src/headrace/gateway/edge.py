@@ -1,7 +1,8 @@
 """Where HTTP meets the handlers: bodies in, bytes out, errors, and clients that go away.
 
-An `Endpoint` serves one path of one dialect; a dialect is two functions, so a further one is one file. The `Door`
-stands before every route: it checks the Host header, names the request, and lets no exception out. No state.
+An `Endpoint` serves one path of one dialect: `parse` makes a core value of the body, a handler turns the value into
+events, a `Reply` makes bytes of them. So a further dialect is one file. The `Door` stands before every route: it checks
+the Host header, names the request, and lets no exception out. No state.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.gateway import bounds
-from headrace.gateway.chain import Call, Event, Handler, closing
+from headrace.gateway.chain import closing
 from headrace.gateway.errors import Refused, bad, refused
 from headrace.gateway.openapi import Operation
 from headrace.gateway.text import Text
 
 JSON = b"application/json"
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
+Q = TypeVar("Q")  # what a body asks for, in no dialect: a Call, texts to embed, ...
+E = TypeVar("E")  # what its handler answers with
+E_contra = TypeVar("E_contra", contravariant=True)
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 
 
@@ -33,17 +38,20 @@ class Context:
     model: str
     text: Text
     max_choices: int
+    max_context_tokens: int = 0
+    embedding_model: str | None = None  # its name, if there is one
+    stores: bool = False  # whether responses can be kept
     client_id: str = ""  # X-Request-Id
     tenant: str = ""
 
 
-class Reply(Protocol):
+class Reply(Protocol[E_contra]):
     """How the events of one call look in one dialect. Either streamed (feed, end or failed) or whole (feed, body)."""
 
     @property
     def stream(self) -> bool: ...
 
-    def feed(self, event: Event) -> bytes: ...
+    def feed(self, event: E_contra) -> bytes: ...
 
     def end(self) -> bytes: ...
 
@@ -55,24 +63,27 @@ class Reply(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class Dialect(Generic[Q, E]):
     operation: Operation
-    parse: Callable[[bytes, Context], tuple[Call, Reply]]  # raises Refused
+    parse: Callable[[bytes, Context], tuple[Q, Reply[E]]]  # raises Refused
     error_body: Callable[[Refused], bytes]
+    stream_type: bytes = EVENT_STREAM
+    any_type: bool = False  # its clients leave out the Content-Type; a browser that is made to send never does
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(Generic[Q, E]):
     """An ASGI application: one POST path."""
 
-    dialect: Dialect
-    handler: Handler
+    dialect: Dialect[Q, E]
+    handler: Callable[[Q], AsyncIterator[E]]
     context: Context
     max_body: int
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await read_body(scope, receive, self.max_body)
+            kind = None if self.dialect.any_type and b"origin" not in dict(scope["headers"]) else JSON
+            body = await read_body(scope, receive, self.max_body, kind)
             context = replace(self.context, client_id=scope["state"]["client_id"])
             call, reply = self.dialect.parse(body, context)
             await unless_gone(receive, self._answer(call, reply, send))
@@ -80,18 +91,16 @@ class Endpoint:
             refusal = refused(error)
             await respond(send, refusal.status, self.dialect.error_body(refusal), refusal.headers)
 
-    async def _answer(self, call: Call, reply: Reply, send: Send) -> None:
+    async def _answer(self, call: Q, reply: Reply[E], send: Send) -> None:
+        if not reply.stream:
+            await respond(send, 200, await whole(self.handler, call, reply))
+            return
         async with closing(self.handler(call)) as events:
-            if reply.stream:
-                await self._stream(events, reply, send)
-                return
-            async for event in events:
-                reply.feed(event)
-        await respond(send, 200, reply.body())
+            await self._stream(events, reply, send)
 
-    async def _stream(self, events: AsyncIterator[Event], reply: Reply, send: Send) -> None:
+    async def _stream(self, events: AsyncIterator[E], reply: Reply[E], send: Send) -> None:
         first = await anext(events)  # whatever is refused before this still gets a status of its own
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        headers = [(b"content-type", self.dialect.stream_type), (b"cache-control", b"no-cache")]
         headers.append((b"x-accel-buffering", b"no"))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
@@ -118,6 +127,14 @@ class ByMethod:
         await self.apps[method](scope, receive, send)
 
 
+async def whole(handler: Callable[[Q], AsyncIterator[E]], call: Q, reply: Reply[E]) -> bytes:
+    """The body of an answer that is not streamed."""
+    async with closing(handler(call)) as events:
+        async for event in events:
+            reply.feed(event)
+    return reply.body()
+
+
 async def unless_gone(receive: Receive, work: Coroutine[object, object, None]) -> None:
     """Run `work`, but cancel it as soon as the client has closed its connection."""
     working = asyncio.ensure_future(work)
@@ -138,12 +155,11 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def read_body(scope: Scope, receive: Receive, max_body: int) -> bytes:
-    """The whole body. Raises Refused if it is too large, too slow, or not said to be JSON."""
+async def read_body(scope: Scope, receive: Receive, max_body: int, kind: bytes | None = JSON) -> bytes:
+    """The whole body. Raises Refused if it is too large, too slow, or not said to be of this kind."""
     headers = dict(scope["headers"])
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if kind != JSON:
-        raise Refused(415, "Send JSON with the header 'Content-Type: application/json'.", code="unsupported_media_type")
+    if kind and headers.get(b"content-type", b"").split(b";")[0].strip().lower() != kind:
+        raise Refused(415, f"Send this with the header 'Content-Type: {kind.decode()}'.", code="unsupported_media_type")
     too_large = Refused(413, f"The request body is larger than {max_body} bytes.", code="body_too_large")
     length = headers.get(b"content-length", b"0")
     if not re.fullmatch(rb"\d{1,18}", length):
@@ -182,7 +198,7 @@ class Door:
 
     app: ASGIApp
     hosts: frozenset[str]  # names a browser may know us by; empty: any
-    error_body: Callable[[Refused], bytes]
+    error_body: Callable[[str, Refused], bytes]  # of a path, in the dialect that is spoken there
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -210,7 +226,7 @@ class Door:
             refusal = refused(error)
             if started:
                 raise  # the server closes a connection whose answer broke off
-            await respond(named_send, refusal.status, self.error_body(refusal), refusal.headers)
+            await respond(named_send, refusal.status, self.error_body(scope["path"], refusal), refusal.headers)
 
     def _check_host(self, host: bytes | None) -> None:
         """A web page that resolves its own name to loopback (DNS rebinding) still sends that name."""

@@ -160,7 +160,7 @@ class Generation:
                 async for rest in outputs:
                     tally.note(rest.usage)
                 text, shown = "", ()
-            yield Piece(at, text, logprobs=shown, finish=FinishReason.STOP)
+            yield Piece(at, text, logprobs=shown, finish=FinishReason.STOP, stop_string=transcript.stop_string)
 
 
 def _reseeded(sampling: Sampling, choice: int) -> Sampling:

@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from headrace.core.types import Sampling
 from headrace.gateway import bounds, shapes
 from headrace.gateway.bounds import Body
-from headrace.gateway.chain import Call, Chat, Prompt
+from headrace.gateway.chain import Call, Chat, Event, Prompt
 from headrace.gateway.edge import Context, Dialect, Reply
 from headrace.gateway.errors import Refused, bad
 from headrace.gateway.openapi import Answer, Operation
@@ -93,7 +93,7 @@ CHAT = Body(ChatRequest)
 COMPLETION = Body(CompletionRequest)
 
 
-def parse_chat(body: bytes, context: Context) -> tuple[Call, Reply]:
+def parse_chat(body: bytes, context: Context) -> tuple[Call, Reply[Event]]:
     """Raises Refused."""
     asked = CHAT.decode(body)
     if asked.top_logprobs is not None and not asked.logprobs:
@@ -110,7 +110,7 @@ def parse_chat(body: bytes, context: Context) -> tuple[Call, Reply]:
     return call, ChatReply(_frame(call, asked, context, "chat.completion"), context.text)
 
 
-def parse_completion(body: bytes, context: Context) -> tuple[Call, Reply]:
+def parse_completion(body: bytes, context: Context) -> tuple[Call, Reply[Event]]:
     """Raises Refused."""
     asked = COMPLETION.decode(body)
     prompts = _prompts(asked.prompt)
@@ -203,7 +203,7 @@ def _call(
     )
 
 
-DIALECTS: Sequence[Dialect] = (
+DIALECTS: Sequence[Dialect[Call, Event]] = (
     Dialect(
         Operation(
             "/v1/chat/completions",

@@ -54,7 +54,7 @@ def document(operations: Sequence[Operation], title: str, version: str) -> dict[
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         if operation.body is not None:
-            _close(components, operation.body)
+            _close(components[_name(by_kind[_key(operation.body.kind)])], operation.body)
         paths.setdefault(operation.plain_path, {})[operation.method.lower()] = _operation(operation, by_kind)
     info = {"title": title, "version": version, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": components}}
@@ -100,9 +100,13 @@ def _content(kind: Any, by_kind: Mapping[str, Any]) -> dict[str, Any]:
     return {_JSON: {"schema": by_kind[_key(kind)]}}
 
 
-def _close(components: dict[str, Any], body: Body[Any]) -> None:
+def _name(reference: Mapping[str, Any]) -> str:
+    """The component that a reference is to. Types of the same name in different dialects have longer ones."""
+    return str(reference["$ref"]).rsplit("/", 1)[-1]
+
+
+def _close(schema: dict[str, Any], body: Body[Any]) -> None:
     """No other fields than those served, and those that are accepted without effect."""
-    schema = components[body.kind.__name__]
     without_effect = {name: {"description": "accepted, without effect"} for name in sorted(body.ignored)}
     refused = {
         name: {"enum": [None, *off], "description": "not supported: nothing but these values"}

@@ -86,6 +86,7 @@ class StopStrings:
         self._stops = [(stop, _failures(stop)) for stop in stops]
         self._states = [0] * len(stops)
         self._held = ""
+        self.found: str | None = None  # the one that is complete
 
     def push(self, text: str) -> tuple[str, bool]:
         """Text that may be shown now, and whether a stop string is complete: then nothing may follow."""
@@ -95,6 +96,7 @@ class StopStrings:
         for at in range(len(self._held), len(known)):
             if stop_length := self._step(known[at]):
                 self._held = ""
+                self.found = known[at + 1 - stop_length : at + 1]
                 return known[: at + 1 - stop_length], True
         shown = len(known) - max(self._states)
         self._held = known[shown:]
@@ -141,6 +143,11 @@ class Transcript:
         self._released_chars = 0
         self._withheld: deque[tuple[int, TokenLogprob]] = deque()  # (where the token's text starts, its logprob)
         self.stopped = False
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stops.found
 
     def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> str:
         """Text to release after these tokens; sets `stopped` when they complete a stop string."""

@@ -1,0 +1,107 @@
+"""What a server has beside the model that writes: an embedding model, a database for what outlives the process, and
+cards that tell of its models."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from headrace.cli.assemble import Assembled, Phases
+from headrace.core import clock, config
+from headrace.core.config import GatewaySettings
+
+if TYPE_CHECKING:
+    from headrace.engine.embedding import Batcher
+    from headrace.gateway.card import Card
+    from headrace.gateway.embedding import Words
+    from headrace.gateway.endpoints import Extras
+    from headrace.gateway.state.database import Database
+
+_WAITING_TOKENS = 1_000_000  # to be embedded, beyond which requests are refused with 429
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    extras: Extras
+    batcher: Batcher | None  # somebody has to run it
+
+
+def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases) -> Beside:
+    """Raises BadState or BadModelFile if what the user named cannot be used; a default that is not here is left out."""
+    from headrace.gateway.endpoints import Extras
+
+    found = open_embedding(assembled, settings, phase)
+    batcher, words, cards = found if found else (None, None, ())
+    database = open_database(assembled.name, settings)
+    phase.done()
+    return Beside(Extras(batcher, words, database, (card_of(assembled), *cards)), batcher)
+
+
+def open_embedding(
+    assembled: Assembled, settings: GatewaySettings, phase: Phases
+) -> tuple[Batcher, Words, tuple[Card, ...]] | None:
+    from headrace.device import sources
+    from headrace.device.encoder import open_encoder
+    from headrace.engine.embedding import Batcher
+    from headrace.gateway.card import Card
+    from headrace.gateway.embedding import Words
+
+    name = settings.embedding_model
+    if name in ("none", ""):
+        return None
+    try:
+        path = sources.resolve(name, config.home())
+    except sources.NoSuchModel:
+        if name == sources.EMBEDDING_DEFAULT:
+            return None
+        raise
+    phase(f"load the embedding model {path.name if name == str(path) else name}")
+    encoder, tokenizer_json = open_encoder(path, path.name if name == str(path) else name, assembled.loaded.device)
+    encoding = encoder.encoding
+    card = Card(
+        encoding.model,
+        family="bert",
+        parameters=encoder.model.nbytes // 4,
+        weights_bytes=encoder.model.nbytes,
+        quantization="F32",
+        context_tokens=encoding.max_tokens,
+        embedding_dimensions=encoding.dimensions,
+        loaded_s=clock.wall(),
+    )
+    return Batcher(encoder.on(assembled.loaded.executor.thread), _WAITING_TOKENS), Words(tokenizer_json), (card,)
+
+
+def open_database(model: str, settings: GatewaySettings) -> Database | None:
+    """The database that the settings name; or the default one of this model, unless another server has it."""
+    from headrace.gateway.state.database import BadState, Database
+
+    if settings.state_dir is not None:
+        return Database(settings.state_dir)
+    try:
+        return Database(config.home() / "state" / re.sub(r"[^A-Za-z0-9._-]", "-", model).strip(".")[:100])
+    except BadState as error:
+        print(f"\n  no files, batches or stored responses: {error}", file=sys.stderr)
+        return None
+
+
+def card_of(assembled: Assembled) -> Card:
+    """What may be told of the model that writes."""
+    from headrace.device.load import name
+    from headrace.gateway.card import Card
+
+    checkpoint = assembled.checkpoint
+    tensors = checkpoint.tensors
+    return Card(
+        assembled.name,
+        family=str(checkpoint.config.get("model_type", "unknown")),
+        parameters=sum(prod(tensors.shape(stored)) for stored in tensors.names()),
+        weights_bytes=checkpoint.file_bytes,
+        format="gguf" if type(tensors).__name__ == "GGUFTensors" else "safetensors",
+        quantization=name(assembled.loaded.dtype).upper(),
+        context_tokens=assembled.loaded.executor.capacity.max_context_tokens,
+        template=checkpoint.chat_template or "",
+        loaded_s=clock.wall(),
+    )

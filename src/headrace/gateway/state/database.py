@@ -1,0 +1,125 @@
+"""One SQLite database in WAL mode, used from one thread: what `write` has returned from is on the disk.
+
+Decides durability and nothing else. Content lies in the database, so no name that a client gives ever becomes a path.
+Owns the connection, its thread, and the lock that keeps a second server out of the directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from headrace.core.types import HeadraceError
+
+T = TypeVar("T")
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE files (
+    id TEXT PRIMARY KEY, tenant TEXT NOT NULL, purpose TEXT NOT NULL, filename TEXT NOT NULL, bytes INTEGER NOT NULL,
+    created_s INTEGER NOT NULL, expires_s INTEGER, content BLOB NOT NULL
+);
+CREATE TABLE batches (
+    id TEXT PRIMARY KEY, tenant TEXT NOT NULL, endpoint TEXT NOT NULL, input_file_id TEXT NOT NULL,
+    total INTEGER NOT NULL, status TEXT NOT NULL, created_s INTEGER NOT NULL, expires_s INTEGER NOT NULL,
+    metadata TEXT, errors TEXT, output_file_id TEXT, error_file_id TEXT, in_progress_s INTEGER,
+    finalizing_s INTEGER, completed_s INTEGER, failed_s INTEGER, expired_s INTEGER, cancelling_s INTEGER,
+    cancelled_s INTEGER, keep_s INTEGER
+);
+CREATE INDEX unfinished ON batches (created_s)
+    WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
+CREATE TABLE lines (
+    batch_id TEXT NOT NULL REFERENCES batches (id), number INTEGER NOT NULL, custom_id TEXT NOT NULL,
+    body BLOB NOT NULL, ok INTEGER, answer BLOB, PRIMARY KEY (batch_id, number)
+);
+CREATE INDEX answered ON lines (batch_id, ok);
+CREATE TABLE responses (
+    id TEXT PRIMARY KEY, tenant TEXT NOT NULL, previous TEXT, created_s INTEGER NOT NULL, messages TEXT NOT NULL,
+    body BLOB NOT NULL
+);
+CREATE INDEX age ON responses (created_s);
+"""
+
+
+class BadState(HeadraceError):
+    """The state directory cannot be used; the message says why and what to do."""
+
+
+class Database:
+    """`folder` is made if it is missing, readable by its owner alone. Raises BadState."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = _lock(folder)
+        self._thread = ThreadPoolExecutor(1, "headrace-state")
+        try:
+            self._connection = self._thread.submit(_open, folder / "state.sqlite3").result()
+        except BaseException:
+            self.close()
+            raise
+
+    async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._connection)
+
+    async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """`work` as one transaction: durable once this returns, undone if it raises. Runs to its end even if nobody
+        waits for it any more."""
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work))
+
+    def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            result = work(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        return result
+
+    def close(self) -> None:
+        """What is under way ends first."""
+        if hasattr(self, "_connection"):
+            self._thread.submit(self._connection.close).result()
+        self._thread.shutdown(wait=True)
+        os.close(self._lock)
+
+
+def _lock(folder: Path) -> int:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise BadState(f"cannot use the state directory {folder}: {error.strerror}; choose --state-dir") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise BadState(
+            f"another server uses the state directory {folder}; give this one its own with --state-dir"
+        ) from None
+    return lock
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")  # every commit waits for the disk
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA trusted_schema = OFF")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;")
+        elif version != _VERSION:
+            raise BadState(f"{path} is of version {version}, and this program knows {_VERSION}; choose --state-dir")
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise BadState(f"{path} cannot be read as a database: {error}; move it away or choose --state-dir") from error
+    return connection
