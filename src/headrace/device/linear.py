@@ -112,7 +112,7 @@ def _packed(weight: Tensor, bias: Tensor | None) -> Apply:
     is much wider than it is deep, in shorter chains, and the output head, one product only (docs/LOG.md).
     """
     outputs, inputs = weight.shape
-    if not _can_pack(weight.dtype) or (weight.dtype == torch.float32 and outputs < _WIDE * inputs):
+    if not can_pack(weight.dtype) or (weight.dtype == torch.float32 and outputs < _WIDE * inputs):
         return _plain(weight, bias)
     if weight.dtype != torch.float32 or outputs >= _HEAD:
         return _chained(weight, bias, inputs)
@@ -142,7 +142,8 @@ def _chained(weight: Tensor, bias: Tensor | None, chain: int) -> Apply:
     return apply
 
 
-def _can_pack(dtype: torch.dtype) -> bool:
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's packed kernel multiplies this type here."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -32,6 +32,7 @@ class Loaded:
     dtype: torch.dtype
     device: torch.device
     steps: tuple[tuple[int, float], ...]  # measured (tokens, seconds) of prefill steps
+    read_bytes: int  # of weights that every step reads: all but the embeddings that are looked up
 
 
 def load(
@@ -63,7 +64,7 @@ def _load(
     thread: ThreadPoolExecutor,
 ) -> Loaded:
     """`load`, on the thread that will compute."""
-    device, dtype = _place(settings)
+    device, dtype = place(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     config = LlamaConfig.from_hf(checkpoint.config)
@@ -87,7 +88,7 @@ def _load(
     store = KVStore(config.shape, memory.blocks, block_tokens, dtype, device)
     executor = ModelExecutor(TorchForward(model, linears, store), capacity, thread)
     phase("measure step times")
-    return Loaded(executor, memory, dtype, device, tuple(executor.measure(_MEASURED_TOKENS)))
+    return Loaded(executor, memory, dtype, device, tuple(executor.measure(_MEASURED_TOKENS)), linears.nbytes)
 
 
 def activation_bytes(shape: ModelShape, step_tokens: int, sampled_rows: int) -> int:
@@ -101,7 +102,7 @@ def name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
-def _place(settings: DeviceSettings) -> tuple[torch.device, torch.dtype]:
+def place(settings: DeviceSettings) -> tuple[torch.device, torch.dtype]:
     """Device and dtype; `auto` prefers CUDA, and bf16 where the device multiplies it natively."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise HeadraceError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu")

@@ -76,6 +76,7 @@ class Watch:
         self._batch: Batch | None = None  # of the step under way
         self._label: int | None = None
         self._planned_s = self._done_s = 0.0
+        self._busy = False  # the executor is
         self._more = asyncio.Event()
 
     @property
@@ -85,7 +86,11 @@ class Watch:
 
     async def run(self, plan: StepPlan) -> StepResult:
         self._batch, self._label = batch_of_plan(plan), self.label
-        return await self._executor.run(plan)
+        self._busy = True
+        try:
+            return await self._executor.run(plan)
+        finally:
+            self._busy = False
 
     def interrupt(self) -> Run | None:
         return self._executor.interrupt()
@@ -108,6 +113,13 @@ class Watch:
         while len(self.steps) < steps:
             self._more.clear()
             await self._more.wait()
+
+    async def settled(self) -> None:
+        """Wait until the step under way is over, and the one after it, in which the executor hears whom to forget."""
+        for _ in range(2):
+            await clock.sleep(0.01)
+            while self._busy:
+                await clock.sleep(0.01)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +202,7 @@ async def probing(executor: Executor, settings: EngineSettings, token_budget: in
     try:
         yield Prober(engine, watch, executor.capacity.vocab)
         await engine.drain(10.0)
-        await clock.sleep(0.01)  # the executor hears whom to forget
+        await watch.settled()
     finally:
         serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -60,6 +60,7 @@ class Analytic:
             device.memory_bytes_per_s * convention.memory_share,
             convention.onchip_bytes_per_s,
             convention.decode_on_chip,
+            convention.prefill_on_chip,
             convention.scores_on_chip,
             convention.idle_without_flops,
         )
@@ -151,7 +152,7 @@ class Analytic:
 
     def _compiled(self, operator: Attention) -> _Attention:
         count, rate, machine = operator.count, operator.flops_per_s, self._machine
-        onchip = operator.decode and machine.decode_on_chip
+        onchip = machine.keeps(operator.decode)
         scores_onchip = onchip or machine.scores_on_chip
         queries_at = machine.onchip_bytes_per_s if onchip else machine.bytes_per_s
         scores_at = machine.onchip_bytes_per_s if scores_onchip else machine.bytes_per_s

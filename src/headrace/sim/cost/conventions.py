@@ -34,6 +34,7 @@ class Convention:
     distinct: Distinct = expected_experts
     onchip_bytes_per_s: float = float("inf")
     decode_on_chip: bool = False
+    prefill_on_chip: bool = False
     scores_on_chip: bool = False
     idle_without_flops: bool = False
     # serial: terms follow each other; network: collectives hide behind the rest, or it behind them;
@@ -47,6 +48,12 @@ def _rate(placement: Placement, convention: Convention, weight_bits: float) -> f
     if convention.attained_shares and operand_bits <= 8 and chip.eight_bit_share:
         return peak * chip.eight_bit_share
     return peak * convention.compute_share
+
+
+def _wide_rate(placement: Placement, convention: Convention) -> float:
+    """What is computed in 16 bits however narrow the weights are, and in 32 where the activations have 32."""
+    bits = max(16.0, placement.formats.activation_bits)
+    return placement.device.flops_per_s(bits, bits) * convention.compute_share
 
 
 def _window_groups(shape: ModelShape) -> list[tuple[int | None, int]]:
@@ -135,7 +142,7 @@ def _head(placement: Placement, convention: Convention) -> Dense:
     return Dense(
         "head",
         1,
-        placement.device.flops_per_s(16, 16) * convention.compute_share,
+        _rate(placement, convention, formats.head.bits) if formats.head else _wide_rate(placement, convention),
         2 * weights,
         weight_bytes=weights * formats.head_bytes,
         token_bytes=shape.hidden * act + 2 * shape.vocab * 4 / ways,
@@ -146,13 +153,13 @@ def _head(placement: Placement, convention: Convention) -> Dense:
 def _fused_attention(
     placement: Placement, convention: Convention, window: int | None, layers: int
 ) -> tuple[Attention, ...]:
-    """Scores and weighted sum in one kernel, in 16 bits whatever the KV is stored in.
+    """Scores and weighted sum in one kernel, in 16 bits or more whatever the KV is stored in.
 
     Latent attention decodes in the space of the cached vector, and expands the cached vectors for a prefill
     (DeepSeek-V2, section 2.1).
     """
     shape, parallel = placement.shape, placement.parallel
-    rate = placement.device.flops_per_s(16, 16) * convention.compute_share
+    rate = _wide_rate(placement, convention)
     bits = placement.formats.kv.bits
     reads = shape.kv_width * bits / 8 / placement.kv_shards / parallel.data
     value = shape.latent.value_dim if shape.latent else shape.head_dim
@@ -298,6 +305,10 @@ HEADRACE = Convention(
     sum_bits=16,
 )
 IDEAL = Convention("ideal", headrace_operators, sum_bits=16)  # every peak reached, nothing overlapped
+# Peaks measured on the machine itself, which keeps all activations in its caches: no step is faster than this.
+LIMIT = Convention(
+    "limit", headrace_operators, sum_bits=16, decode_on_chip=True, prefill_on_chip=True, scores_on_chip=True
+)
 GENZ = Convention(
     "genz",
     genz_operators,

@@ -18,8 +18,13 @@ class Machine:
     bytes_per_s: float
     onchip_bytes_per_s: float = float("inf")
     decode_on_chip: bool = False  # activations of a step that only decodes stay on chip (GenZ)
+    prefill_on_chip: bool = False  # and so do those of any other step
     scores_on_chip: bool = False  # attention scores stay on chip
     idle_without_flops: bool = False  # an operator without FLOPs is free (GenZ)
+
+    def keeps(self, decode: bool) -> bool:
+        """Whether activations of such a step never leave the chip."""
+        return self.decode_on_chip if decode else self.prefill_on_chip
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,7 @@ class Dense:
         if self.experts:
             weights += self.experts.nbytes * self.experts.distinct(tokens, self.experts.experts, self.experts.per_token)
         moved = self.token_bytes * tokens + self.constant_bytes
-        onchip = decode and machine.decode_on_chip and not self.streams
+        onchip = machine.keeps(decode) and not self.streams
         return _demand(self.flops * tokens, self.flops_per_s, weights, moved, onchip, machine)
 
 
@@ -104,7 +109,7 @@ class Attention:
         """One execution over all rows of its phase together."""
         flops = self.pair_flops * pairs + self.context_flops * context
         kv, queries, scores = self.context_bytes * context, self.token_bytes * tokens, self.pair_bytes * pairs
-        onchip = self.decode and machine.decode_on_chip
+        onchip = machine.keeps(self.decode)
         if machine.scores_on_chip or onchip:
             base = _demand(flops, self.flops_per_s, kv, queries, onchip, machine)
             memory_s = base.memory_s + scores / machine.onchip_bytes_per_s
