@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from null_executor import NullExecutor, reference
+from null_executor import VOCAB, NullExecutor, reference, seer
 
 from headrace.core.config import EngineSettings
 from headrace.core.events import Event
@@ -15,7 +15,7 @@ from headrace.core.keys import block_keys
 from headrace.core.ports import Capacity
 from headrace.core.step import StepPlan
 from headrace.core.types import FinishReason, Output, Request, RequestId, Sampling, Tokens
-from headrace.engine.policy import BatchView, Share, choose
+from headrace.engine.policy import Always, BatchView, Share, choose
 from headrace.engine.scheduler import Scheduler
 
 
@@ -62,13 +62,16 @@ class Rig:
         layers: int = 1,
         host_blocks: int = 0,
         least_copied_blocks: int = 1,
+        drafts: int = 0,  # at most so many, of a `seer`
         **more: Any,
     ) -> None:
         context = min(context, blocks * block_tokens)
         tiers = {"host_blocks": host_blocks, "least_copied_blocks": least_copied_blocks}
-        self.capacity = Capacity(blocks, block_tokens, context, vocab=50, layers=layers, **tiers)
+        self.capacity = Capacity(blocks, block_tokens, context, vocab=VOCAB, layers=layers, **tiers)
         policies = {name: more.pop(name) for name in list(more) if callable(more[name])}
         settings = EngineSettings(block_tokens=block_tokens, **more)
+        if drafts:
+            policies |= {"drafter": seer, "controller": Always(EngineSettings(draft_tokens=drafts))}
         self.recorder = Recorder()
         self.scheduler = Scheduler(
             settings,

@@ -1,6 +1,7 @@
 """An executor that computes nothing and believes nothing: it keeps, for every slot of every block in every layer, the
 exact tokens that a real one would have made KV from, and verifies each plan against them. Its tokens depend on the
-request's own prefix only, so whatever the scheduler does, a request must get the tokens it would get alone."""
+request's own prefix only, so whatever the scheduler does, a request must get the tokens it would get alone. So do the
+guesses of `seer`, a drafter that is right two times in three."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from headrace.core import clock
 from headrace.core.ports import Capacity
 from headrace.core.step import DEVICE, HOST, Admitted, Block, Sampled, StepPlan, StepResult, Work
 from headrace.core.types import Request, RequestId, TokenLogprob
+from headrace.engine.policy import Draft, RequestView
 
+VOCAB = 50
 Prefix = int  # a hash of all tokens up to and with this one: equal prefixes, equal KV
 
 
@@ -40,6 +43,16 @@ def reference(request: Request, capacity: Capacity) -> list[int]:
     return ids[prompt:]
 
 
+def seer(request: RequestView, most: int) -> Draft | None:
+    """Of a third party: what will be drawn, but for a wrong token now and then, and for nothing at all sometimes."""
+    ids = list(request.token_ids(0, request.known_tokens) or ())
+    luck, drafts = zlib.crc32(repr((request.request.id, len(ids))).encode()), list[int]()
+    for at in range(most if luck % 4 else 0):
+        right = draw(prefixes([*ids, *drafts])[-1], VOCAB)
+        drafts.append(right if (luck >> at) % 3 else (right + 1) % VOCAB)
+    return Draft(tuple(drafts), 3) if drafts else None
+
+
 @dataclass
 class Known:
     """What the executor remembers of one request."""
@@ -49,6 +62,7 @@ class Known:
     blocks: list[Block]
     computed: int
     pending: tuple[int, int, int] | None = None  # (start, tokens, layers passed) of what is on its way
+    drafts: tuple[int, ...] = ()  # in this step, after the computed ones
     computed_once: list[int] = field(default_factory=list)  # positions, since this admission
 
 
@@ -65,6 +79,7 @@ class NullExecutor:
         self.copied_out = self.copied_in = 0  # blocks
         self.plans: list[StepPlan] = []
         self.computed_tokens = 0
+        self.drafted = self.accepted = 0
         self.forgotten: set[RequestId] = set()  # in failed steps: the scheduler may still ask to forget them
 
     @property
@@ -86,9 +101,10 @@ class NullExecutor:
         """What a failed step leaves: no requests, and garbage wherever it may have written."""
         size = self._capacity.block_tokens
         for work in plan.work:
-            for position in range(work.start, work.start + work.tokens):
+            blocks = self.known[work.request_id].blocks
+            for position in range(work.start, min(work.start + work.tokens, len(blocks) * size)):
                 for layer in range(self._capacity.layers):
-                    slot = (self.known[work.request_id].blocks[position // size], position % size, layer)
+                    slot = (blocks[position // size], position % size, layer)
                     self.slots.pop(slot, None)
         for copy in plan.copies:
             for _, target in copy.pairs:
@@ -160,9 +176,13 @@ class NullExecutor:
             assert work.start % size == 0, "skipped tokens that no block can hold"
         known.computed = work.start
         end = work.start + work.tokens
-        assert work.tokens >= 1
-        assert end <= len(known.token_ids), "computed a token nobody knows"
-        assert work.sample == (end == len(known.token_ids) and last == self._capacity.layers)
+        known_end = end - len(work.drafts)
+        assert known_end > work.start
+        assert known_end <= len(known.token_ids), "computed a token nobody knows"
+        assert work.sample == (known_end == len(known.token_ids) and last == self._capacity.layers)
+        assert not work.drafts or (work.sample and work.layers is None)
+        limit = min(known.request.prompt_tokens + known.request.max_new_tokens, self._capacity.max_context_tokens)
+        assert end < limit, "drafts beyond the end"
         assert len(known.blocks) == -(-end // size), "the table is too short or too long"
         assert len(set(known.blocks)) == len(known.blocks), "a table names a block twice"
         assert all(0 <= block < self._capacity.blocks for block in known.blocks)
@@ -184,7 +204,7 @@ class NullExecutor:
 
     def _write(self, work: Work) -> None:
         known, size = self.known[work.request_id], self._capacity.block_tokens
-        made = prefixes(known.token_ids[: work.start + work.tokens])
+        made = prefixes([*known.token_ids[: work.start + work.tokens - len(work.drafts)], *work.drafts])
         for position in range(work.start, work.start + work.tokens):
             for layer in range(*(work.layers or (0, self._capacity.layers))):
                 self.slots[known.blocks[position // size], position % size, layer] = made[position]
@@ -231,32 +251,40 @@ class NullExecutor:
                     self.slots[block, at, layer] = slots[at, layer]
 
     def _go_on(self, work: Work) -> None:
-        """Once the last layer has computed them, tokens are computed."""
-        known, end = self.known[work.request_id], work.start + work.tokens
+        """Once the last layer has computed them, tokens are computed; drafts when they are accepted."""
+        known, end = self.known[work.request_id], work.start + work.tokens - len(work.drafts)
         if work.layers is not None and work.layers[1] < self._capacity.layers:
             known.pending = (work.start, work.tokens, work.layers[1])
             return
         known.computed_once += range(work.start, end)
         assert len(set(known.computed_once)) == len(known.computed_once), "a position was computed twice"
         known.computed, known.pending = end, None
-        self.computed_tokens += work.tokens
+        self.computed_tokens += end - work.start
+        known.drafts = work.drafts
 
     def _read(self, known: Known) -> None:
         """Attention reads every computed position through the table, and those on their way in the layers that they
         passed: it must find exactly its own prefix."""
         size = self._capacity.block_tokens
         start, tokens, passed = known.pending or (0, 0, 0)
-        expected = prefixes(known.token_ids[: max(known.computed, start + tokens)])
+        expected = prefixes([*known.token_ids[: max(known.computed, start + tokens)], *known.drafts])
         for layer in range(self._capacity.layers):
-            end = start + tokens if layer < passed else known.computed
+            end = start + tokens if layer < passed else known.computed + len(known.drafts)
             found = [self.slots.get((known.blocks[at // size], at % size, layer)) for at in range(end)]
             assert found == expected[:end], f"{known.request.id} reads KV that is not its own"
 
     def _sample(self, work: Work) -> Sampled:
-        known = self.known[work.request_id]
-        token = draw(prefixes(known.token_ids)[-1], self._capacity.vocab)
-        known.token_ids.append(token)
-        return Sampled((token,))
+        known, drawn = self.known[work.request_id], list[int]()
+        while len(drawn) <= len(work.drafts) and (*drawn,) == work.drafts[: len(drawn)]:
+            drawn.append(draw(prefixes([*known.token_ids, *drawn])[-1], self._capacity.vocab))
+        known.token_ids += drawn
+        known.computed_once += range(known.computed, known.computed + len(drawn) - 1)
+        known.computed += len(drawn) - 1
+        known.drafts = ()
+        del known.blocks[-(-known.computed // self._capacity.block_tokens) :]
+        self.drafted += len(work.drafts)
+        self.accepted += len(drawn) - 1
+        return Sampled(tuple(drawn))
 
     def _prompt_logprobs(self, work: Work) -> tuple[TokenLogprob, ...]:
         known = self.known[work.request_id]

@@ -45,6 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 40),
         block_tokens=st.sampled_from([1, 3, 4, 8]),
         layers=st.sampled_from([1, 2, 5]),
+        drafts=st.sampled_from([0, 1, 3, 9]),
         ordering=st.sampled_from([*ORDERINGS, shortest_left]),
         admission=st.sampled_from([*ADMISSIONS, anybody, anybody]),
         batch=st.sampled_from([*BATCHES, newest_first]),
@@ -150,6 +151,7 @@ def crowd(seed: int, choices: tuple[Any, Any, Any, Any], tiered: bool = False) -
     rng = random.Random(seed)
     names = ("ordering", "admission", "batch", "preemption")
     cuts = {"layers": 5 if choices[2] == "layered" else 1, "host_blocks": 20 if tiered else 0}
+    cuts["drafts"] = rng.choice([0, 2, 6])
     rig = Rig(12, rng.choice([3, 9, 30]), context=40, max_running=8, **cuts, **dict(zip(names, choices, strict=True)))
     for number in range(40):
         prompt = [*rng.choice(PREFIXES), *rng.choices(range(2), k=rng.randint(0, 5))]
@@ -172,6 +174,7 @@ def test_crowds(choices: tuple[Any, Any, Any, Any]) -> None:
         rig = crowd(seed, choices)
         used["preempted"] += len(rig.recorder.of(events.Preempted))
         used["shared"] += sum(event.cached_tokens > 0 for event in rig.recorder.of(events.Admitted))
+        used["drafted"] += rig.executor.drafted
         used["finished"] += sum(rig.finish(name) is FinishReason.LENGTH for name in rig.requests)
     assert used["shared"] > 5
     assert used["finished"] > 40

@@ -105,6 +105,11 @@ class EngineSettings:
         "that precede it",
     )
     priority_updates: float = setting(0.04, "priorities change so often per step under --ordering random and markov")
+    speculate: str = setting(
+        "off", "guess tokens and verify several in one step: off, or lookup in the request's own text"
+    )
+    draft_tokens: int = setting(8, "most tokens guessed for one request in one step")
+    draft_control: str = setting("goodput", "how many of these are verified: goodput, as many as pay, or always, all")
     tenant_weights: str = setting("", "shares under --ordering vtc and drr, as name=weight,...; 1 for all others")
     length_window: int = setting(1000, "answers whose lengths predict those of others, where a policy predicts")
 

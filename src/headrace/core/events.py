@@ -59,8 +59,8 @@ class Preempted(NamedTuple):
 
 
 class Drew(NamedTuple):
-    """Tokens drawn outside the beat: after a prefill. The inter-token latency of a request is the difference between
-    two of its draws, whatever the event."""
+    """Tokens drawn outside the beat: after a prefill, or after drafts. The inter-token latency of a request is the
+    difference between two of its draws, whatever the event; tokens drawn together share it."""
 
     at_s: float
     request_ids: tuple[RequestId, ...]
@@ -77,6 +77,15 @@ class Decoded(NamedTuple):
     paused: tuple[RequestId, ...]  # who decodes but took no part
     requests: int  # who drew: the rows without those who left in flight
     run: Run
+
+
+class Verified(NamedTuple):
+    """What became of the drafts of one step."""
+
+    at_s: float
+    request_ids: tuple[RequestId, ...]
+    drafted: tuple[int, ...]  # tokens, for each of them
+    accepted: tuple[int, ...]  # of these
 
 
 class Finished(NamedTuple):
@@ -98,4 +107,4 @@ class Rejected(NamedTuple):
     reason: str
 
 
-Event = Arrived | Admitted | Planned | StepDone | Preempted | Drew | Decoded | Finished | Rejected
+Event = Arrived | Admitted | Planned | StepDone | Preempted | Drew | Decoded | Verified | Finished | Rejected

@@ -13,6 +13,15 @@ frozen dataclass takes three times as long to make.
 Work may go through the model a few layers at a time. The same tokens then come back in later steps, each going on at
 the layer where the one before ended, until the last layer computes them; what lies between layers, the executor
 remembers. Work from layer 0 on, or a release, makes it forget that.
+
+Work may go beyond the known tokens, on drafts: guesses of what will be drawn. The token after the last known one is
+drawn as always; while it is the next draft, the one after that draft is drawn too, from logits that are there already.
+
+    tokens     | known ... t | d1  d2  d3 |      drawn after t: d1, after d1: d2, after d2: x. So sampled are d1, d2, x
+    start ---->'             '- drafts ---'      the next work starts at the position of x, where d3 was
+
+What was computed for the drafts that were not drawn is garbage: the next work writes over it, and blocks that hold
+nothing else leave the end of the block table, here as in the scheduler.
 """
 
 from __future__ import annotations
@@ -44,12 +53,13 @@ class Work(NamedTuple):
 
     request_id: RequestId
     start: int  # position of the first token to compute: so many are in the KV already
-    tokens: int  # how many to compute, at least 1
-    sample: bool  # draw the next token from the last position's logits; only with the last layer
+    tokens: int  # how many to compute, at least 1, the drafts among them
+    sample: bool  # draw the next token from the last known position's logits; only with the last layer
     new_blocks: tuple[Block, ...] = ()  # appended to the block table before computing; with the first layers only
     replaced_blocks: tuple[tuple[int, Block], ...] = ()  # (index in the table, block): adopted from another request
     layers: tuple[int, int] | None = None  # [first, last) layers to run; None is all of them
     lane: int = 0  # index into StepPlan.lanes
+    drafts: tuple[int, ...] = ()  # guesses of the tokens after the known ones; only with `sample` and all layers
 
 
 class Decode(NamedTuple):
@@ -165,10 +175,10 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What one `Work` with `sample` drew. More than one token when drafts were accepted."""
+    """What one `Work` with `sample` drew: the drafts that were accepted, and the one token after them."""
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] = ()
+    token_ids: tuple[int, ...]  # at least one, at most one more than there were drafts
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token, when asked for
 
 
 class StepResult(NamedTuple):

@@ -8,10 +8,10 @@ on one thread of their own, so the event loop stays free.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -24,9 +24,9 @@ from headrace.core.shape import ModelShape
 from headrace.core.step import Admitted, Sampled, StepPlan, StepResult, Work
 from headrace.core.types import InvalidRequest, Request, RequestId, Sampling, TokenLogprob, Tokens
 from headrace.device.attention import Rows
-from headrace.device.sampler import Row, describe, sample
+from headrace.device.sampler import Row, describe, joined, sample
 
-_LOGIT_ROWS = 64  # rows of logits computed at once for prompt log-probabilities: bounds their memory
+_LOGIT_ROWS = 64  # rows of logits computed at once for prompt log-probabilities and drafts: bounds their memory
 
 
 @dataclass(slots=True)
@@ -56,6 +56,12 @@ class _Sequence:
         for token in tokens:
             self.ids.append(token)
             self.row.drew(token)
+
+    def cut(self, blocks: int) -> None:
+        """Those after the first so many held nothing but drafts."""
+        if len(self.blocks) > blocks:
+            del self.blocks[blocks:]
+            self.extend(())
 
 
 class Forward(Protocol):
@@ -195,7 +201,8 @@ class ModelExecutor:
             spans.append(Rows(row, work.start, work.tokens, sequence.table))
             row += work.tokens
             if not first:
-                ids += sequence.ids[work.start : work.start + work.tokens]
+                ids += sequence.ids[work.start : work.start + work.tokens - len(work.drafts)]
+                ids += work.drafts
         x = self._resume(works, states) if first else None
         return self._forward.layers(spans, first, last, ids, x)
 
@@ -208,17 +215,31 @@ class ModelExecutor:
         return torch.cat(parts)
 
     def _sample(self, works: Sequence[Work], hidden: Tensor) -> dict[RequestId, Sampled]:
-        """Draw a token for every work that asks, from the logits of its last row."""
+        """Draw a token for every work that asks, from the logits of its last known row, and one after each draft. What
+        is drawn after a draft counts if that draft itself was drawn: the tokens are those of one step after another.
+        """
+        wanted, rows, end = list[int](), list[Row](), 0
+        for work in works:
+            end += work.tokens
+            if work.sample:
+                wanted += range(end - len(work.drafts) - 1, end)
+                rows += self._sequences[work.request_id].row.with_drafts(work.drafts)
         drawing = [work for work in works if work.sample]
-        if not drawing:
-            return {}
-        last = np.cumsum([work.tokens for work in works]) - 1
-        wanted = last[[work.sample for work in works]]
-        sequences = [self._sequences[work.request_id] for work in drawing]
-        drawn = sample(self._forward.logits(hidden, wanted), [sequence.row for sequence in sequences])
-        for sequence, sampled in zip(sequences, drawn, strict=True):
-            sequence.drew(sampled.token_ids)
-        return {work.request_id: sampled for work, sampled in zip(drawing, drawn, strict=True)}
+        at_once = max(len(drawing), _LOGIT_ROWS)  # no more logits in memory than without drafts
+        drawn = chain.from_iterable(
+            sample(self._forward.logits(hidden, np.array(wanted[at : at + at_once])), rows[at : at + at_once])
+            for at in range(0, len(wanted), at_once)
+        )
+        return {work.request_id: self._accept(work, drawn) for work in drawing}
+
+    def _accept(self, work: Work, drawn: Iterator[Sampled]) -> Sampled:
+        """Keep what was drawn up to the first token that is not the next draft."""
+        sequence, own = self._sequences[work.request_id], list(islice(drawn, len(work.drafts) + 1))
+        sampled = joined(own, work.drafts)
+        sequence.drew(sampled.token_ids)
+        if work.drafts:
+            sequence.cut(-(-(len(sequence.ids) - 1) // self._capacity.block_tokens))
+        return sampled
 
     def _prompt_logprobs(self, works: Sequence[Work], hidden: Tensor) -> dict[RequestId, tuple[TokenLogprob, ...]]:
         """For requests that ask: what the model thought of each next prompt token, from this step's rows."""

@@ -40,6 +40,17 @@ class Row:
         self.position += 1
         self.output[token] += 1
 
+    def with_drafts(self, drafts: Sequence[int]) -> list[Row]:
+        """This row, and what it will be after the first draft, the first two, ..., if these are drawn."""
+        s, output, rows = self.sampling, self.output, [self]
+        counted = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
+        for position, token in enumerate(drafts, self.position + 1):
+            if counted:
+                output = output.copy()
+                output[token] += 1
+            rows.append(Row(s, position, self.prompt, output))
+        return rows
+
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on nothing but the two: 53 bits of a BLAKE2 hash."""
@@ -56,6 +67,14 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
         Sampled((token,), (describe(raw[index], token, row.sampling.logprobs or 0),) if index in raw else ())
         for index, (token, row) in enumerate(zip(tokens, rows, strict=True))
     ]
+
+
+def joined(drawn: Sequence[Sampled], drafts: Sequence[int]) -> Sampled:
+    """Of one token drawn where each draft was expected, and one after them: those up to the first that is not the
+    draft. Each is drawn from the distribution of its position given those before it, so speculation changes nothing."""
+    right = next((at for at, draft in enumerate(drafts) if drawn[at].token_ids != (draft,)), len(drafts))
+    kept = drawn[: right + 1]
+    return Sampled(tuple(one.token_ids[0] for one in kept), tuple(entry for one in kept for entry in one.logprobs))
 
 
 def describe(logprobs: Tensor, token: int, count: int) -> TokenLogprob:

@@ -59,6 +59,12 @@ class Beats:
         self._begins[offset % len(self._begins)].discard(progress)
         progress.leave()
 
+    def skip(self, progress: Progress, tokens: int) -> None:
+        """It is so many tokens further than the beats brought it."""
+        self.remove(progress)
+        progress.computed_tokens += tokens
+        self.add(progress)
+
     def sort(self) -> None:
         """The orders of the members have changed."""
         rows = dict(zip(self.members, self._rows, strict=True))
@@ -66,6 +72,11 @@ class Beats:
         self._rows = [rows[progress] for progress in self.members]
 
     # -- the beat ------------------------------------------------------------------------------------------------------
+
+    @property
+    def context_tokens(self) -> int:
+        """The sum of what the members have computed."""
+        return self._offsets + self.pace.number * len(self.members)
 
     def beginners(self) -> list[Progress]:
         """Who needs a block for the next beat, in order."""

@@ -4,7 +4,7 @@ content, names full ones so that others can find them, and gives them back. Owns
 Prompt blocks are named when their tokens are planned, not when they are computed: within a step all KV writes of a
 layer come before its attention, so two requests of one step may share. If that step fails, the new names are dropped.
 Generated blocks are named when the request leaves, and those of pending tokens, which have blocks but did not go
-through all layers, when they go through the last.
+through all layers, when they go through the last. Blocks of drafts are taken before their step and never named.
 
     table of one request      | named, maybe shared | named, own | being filled |   pending   |
     tokens            0       computed by others        computed_tokens ^             ^ + pending_tokens
@@ -124,6 +124,14 @@ class Memory:
         progress.blocks += taken
         return tuple(taken)
 
+    def trim(self, progress: Progress) -> None:
+        """Its drafts are over: give back the blocks that hold nothing else. They have no name and no other holder."""
+        progress.drafted_tokens = 0
+        held = self.blocks_for(progress.computed_tokens + progress.pending_tokens)
+        if len(progress.blocks) > held:
+            self.pool.release_own(progress.blocks[: held - 1 : -1])
+            del progress.blocks[held:]
+
     def begin(self, some: Sequence[Progress]) -> list[Block]:
         """Take one more block for each; the caller has made sure that they are there."""
         taken = self.pool.take(len(some))
@@ -159,7 +167,8 @@ class Memory:
         else:  # nobody else can have found one
             self.pool.release_own(progress.blocks[::-1])
         progress.blocks = []
-        progress.computed_tokens = progress.named_blocks = progress.pending_tokens = progress.passed_layers = 0
+        progress.computed_tokens = progress.named_blocks = 0
+        progress.pending_tokens = progress.passed_layers = progress.drafted_tokens = 0
 
     def fail(self, keys: Iterable[BlockKey]) -> None:
         """What these keys promise was never computed, and what was to be copied was maybe not."""
@@ -181,7 +190,7 @@ class Memory:
             self.tiers.check(requests)
         self.pool.check_held(progress.blocks for progress in requests)
         for progress in requests:
-            held = self.blocks_for(progress.computed_tokens + progress.pending_tokens)
+            held = self.blocks_for(progress.computed_tokens + progress.pending_tokens + progress.drafted_tokens)
             assert len(progress.blocks) == held, "a table is too long or too short"
 
     def _next_key(self, progress: Progress) -> bool:

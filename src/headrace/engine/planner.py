@@ -11,7 +11,9 @@ from headrace.core import events
 from headrace.core.ports import Observer
 from headrace.core.step import Admitted, Beat, Block, Run, Work
 from headrace.core.types import BlockKey
+from headrace.engine.draft import Drafting
 from headrace.engine.memory import Memory
+from headrace.engine.policies.joints import DraftView
 from headrace.engine.policy import BatchView, Policies, PoolView, Share
 from headrace.engine.progress import Progress, State
 from headrace.engine.queue import Bounds, Lines
@@ -28,6 +30,7 @@ class Step:
     beat: Beat | None = None
     members: tuple[Progress, ...] = ()  # who is in the beat, in order
     others: list[Work] = field(default_factory=list)
+    drafted: dict[Progress, tuple[int, ...]] = field(default_factory=dict)  # whose work goes on with these guesses
     drawing: list[Progress] = field(default_factory=list)  # who samples in these
     first: list[Progress] = field(default_factory=list)  # of these, who draw for the first time
     admitted: list[Admitted] = field(default_factory=list)
@@ -66,6 +69,7 @@ class Planner:
         layers: int,
         lines: Lines,
         memory: Memory,
+        drafting: Drafting,
         bounds: Bounds,
         observer: Observer,
     ) -> None:
@@ -76,6 +80,7 @@ class Planner:
         self._layers = layers
         self._lines = lines
         self._memory = memory
+        self._drafting = drafting
         self._bounds = bounds
         self._observe = observer.observe
         self._block_tokens = memory.block_tokens
@@ -124,7 +129,7 @@ class Planner:
 
     def _grant(self, share: Share, step: Step) -> int:
         if share.requests is step.decoding and share.tokens >= len(step.decoding) and step.beat is None:
-            return self._beat(step)
+            return (self._speculate(step) if self._drafting.on else 0) + self._beat(step)
         if not share.requests:
             return 0
         if share.cohort and self._layers > 1:
@@ -150,6 +155,21 @@ class Planner:
             tokens = tokens if whole else most
         taken = self._take(progress, hits, start, tokens, step)
         return 0 if taken is None else self._advance(progress, taken, self._layers, step)
+
+    def _speculate(self, step: Step) -> int:
+        """Those whose next tokens somebody guesses leave the beat and compute these as well. Returns the tokens."""
+        lines, before = self._lines, step.tokens
+        decoding = [progress for progress in lines.decoding.members if progress.served_step != step.number]
+        room = step.token_budget - step.tokens - len(decoding)
+        behind = bool(lines.prefilling) or self._startable
+        for progress, drafts in self._drafting.offers(DraftView(decoding, lines.decoding.context_tokens, room, behind)):
+            lines.decoding.remove(progress)
+            progress.served_step = step.number
+            progress.pending_tokens, progress.drafted_tokens = 1, len(drafts)
+            step.drafted[progress] = drafts
+            blocks = self._memory.grow(progress, progress.computed_tokens + 1 + len(drafts))
+            self._advance(progress, (blocks, ()), self._layers, step)
+        return step.tokens - before
 
     def _go_together(self, share: Share, step: Step) -> int:
         """`_grant` for those who may go through some of the layers only. As long as they fit they go through all of
@@ -334,7 +354,9 @@ class Planner:
                 self._lines.decoding.add(progress)
         self._memory.name(progress, step.fresh)
         passed = None if last - first == self._layers else (first, last)
-        step.others.append(Work(progress.id, start, tokens, sample, *taken, passed))
+        drafts = step.drafted.get(progress, ()) if step.drafted else ()
+        step.tokens += len(drafts)
+        step.others.append(Work(progress.id, start, tokens + len(drafts), sample, *taken, passed, drafts=drafts))
         return tokens
 
     def _beat(self, step: Step) -> int:
@@ -348,7 +370,8 @@ class Planner:
             begin, taken = self._begin_each(begin, apart, step)
         if len(apart) == len(decoding):
             return 0
-        step.members = tuple(one for one in decoding.members if one not in apart) if apart else tuple(decoding.members)
+        gone = set(apart)
+        step.members = tuple(one for one in decoding.members if one not in gone) if gone else tuple(decoding.members)
         longest = decoding.longest()
         rows, context_tokens = decoding.beat(apart)
         ids = tuple(progress.id for progress in apart)

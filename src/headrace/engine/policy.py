@@ -1,4 +1,5 @@
-"""Ordering x Admission x BatchFormer x Preemption: who is next, who may start, what a step computes, who yields.
+"""Ordering x Admission x BatchFormer x Preemption: who is next, who may start, what a step computes, who yields. And
+Drafter x SpecController: what may be drawn next, and how much of that is worth computing.
 
 The dicts name the policies there are, and a third party passes its own instead of a name. Policies choose, the
 scheduler guarantees: whatever they say, blocks are never overdrawn, nobody is planned twice in a step, and the first
@@ -20,17 +21,23 @@ from headrace.engine.policies.batch import chunked, filling, is_filler, layered,
 from headrace.engine.policies.deadlines import Due, edd, eddc, mdd, mddc, slack
 from headrace.engine.policies.fairness import DeficitRoundRobin, TokenCounter
 from headrace.engine.policies.future import FuturePeak, Oracle, PastFuture, aggressive, conservative
+from headrace.engine.policies.goodput import Always, Goodput, no_drafts
 from headrace.engine.policies.groups import PrefixGroups
 from headrace.engine.policies.joints import (
     Admission,
     BatchFormer,
     BatchView,
+    Draft,
+    Drafter,
+    DraftView,
     Ordering,
     PoolView,
     Preemption,
     RequestView,
     Share,
+    SpecController,
 )
+from headrace.engine.policies.lookup import Lookup
 from headrace.engine.policies.ordering import AGEING_S, PRIORITY_LEVELS, fcfs, priority
 from headrace.engine.policies.preemption import MOST_PREEMPTIONS, last_arrived, lower_level, swap
 from headrace.engine.policies.switching import PriorityTrace, markov_priority, random_priority
@@ -39,6 +46,8 @@ __all__ = [
     "ADMISSIONS",
     "AGEING_S",
     "BATCHES",
+    "CONTROLLERS",
+    "DRAFTERS",
     "LEAST_STEP_TOKENS",
     "MOST_PREEMPTIONS",
     "ORACLE",
@@ -47,11 +56,17 @@ __all__ = [
     "PRIORITY_LEVELS",
     "WATERMARK",
     "Admission",
+    "Always",
     "BatchFormer",
     "BatchView",
     "DeficitRoundRobin",
+    "Draft",
+    "DraftView",
+    "Drafter",
     "Due",
     "FuturePeak",
+    "Goodput",
+    "Lookup",
     "Oracle",
     "Ordering",
     "PastFuture",
@@ -62,6 +77,7 @@ __all__ = [
     "PriorityTrace",
     "RequestView",
     "Share",
+    "SpecController",
     "TokenCounter",
     "aggressive",
     "choose",
@@ -130,6 +146,8 @@ BATCHES: Mapping[str, Make[BatchFormer]] = {
     "filling": _just(filling),
     "layered": _just(layered),
 }
+DRAFTERS: Mapping[str, Make[Drafter | None]] = {"off": _just(None), "lookup": Lookup}
+CONTROLLERS: Mapping[str, Make[SpecController]] = {"goodput": Goodput, "always": Always}
 PREEMPTIONS: Mapping[str, Make[Preemption]] = {
     "last-arrived": _just(last_arrived),
     "priority": _just(lower_level),
@@ -157,10 +175,13 @@ class Policies:
     admission: Admission
     batch: BatchFormer
     preemption: Preemption
+    drafter: Drafter | None = None  # None: nobody drafts
+    controller: SpecController = no_drafts
 
     def listeners(self) -> list[Callable[[Event], None]]:
         """The `observe` of those who have one; once of an object that is several of them."""
-        own = {id(one): one for one in (self.ordering, self.admission, self.batch, self.preemption)}
+        joints = (self.ordering, self.admission, self.batch, self.preemption, self.drafter, self.controller)
+        own = {id(one): one for one in joints if one is not None}
         return [one.observe for one in own.values() if hasattr(one, "observe")]
 
     def survey(self, requests: Sequence[RequestView], now: float) -> None:
@@ -182,7 +203,8 @@ class Policies:
         """Whether a step in which all just decode would be decided the same again, with or without somebody who could
         start. Without, nobody asks about admission, and the order of those who decode makes no difference."""
         asked = (self.batch, self.admission, self.preemption) if startable else (self.batch,)
-        return all(_among(one, REPEATABLE) for one in asked) and (self.settled or not startable)
+        settled = (self.settled or not startable) and self.drafter is None
+        return all(_among(one, REPEATABLE) for one in asked) and settled
 
 
 def _among(policy: object, some: Sequence[object]) -> bool:
@@ -200,6 +222,8 @@ def choose(settings: EngineSettings, lengths: Mapping[RequestId, int] | None = N
         _named(admissions, settings.admission, "admission")(settings),
         _named(BATCHES, settings.batch, "batch")(settings),
         _named(PREEMPTIONS, settings.preemption, "preemption")(settings),
+        _named(DRAFTERS, settings.speculate, "speculate")(settings),
+        _named(CONTROLLERS, settings.draft_control, "draft_control")(settings),
     )
 
 

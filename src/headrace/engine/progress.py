@@ -50,6 +50,7 @@ class Progress:
         "blocks",
         "cached_blocks",
         "cached_tokens",
+        "drafted_tokens",
         "first_admitted_s",
         "first_token_s",
         "id",
@@ -93,6 +94,7 @@ class Progress:
         self.longest_blocks = 0  # what it would hold in its last step
         self.pending_tokens = 0  # those after the computed ones that went through the first layers, and not through all
         self.passed_layers = 0  # and through how many
+        self.drafted_tokens = 0  # those after the computed ones that the step in flight guesses
         self.output_ids: list[int] = []  # while it decodes: those that were told one by one
         self.output_tokens = 0  # while it does not decode: how many were drawn
         self.blocks: list[Block] = []

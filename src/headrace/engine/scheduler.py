@@ -15,7 +15,7 @@ from itertools import repeat
 from headrace.core import events
 from headrace.core.config import EngineSettings
 from headrace.core.ports import Capacity, Observer
-from headrace.core.step import Run, StepPlan, StepResult, Work
+from headrace.core.step import Run, Sampled, StepPlan, StepResult, Work
 from headrace.core.types import (
     FinishReason,
     HeadraceError,
@@ -27,13 +27,15 @@ from headrace.core.types import (
     TokenLogprob,
 )
 from headrace.engine.beats import by_order
+from headrace.engine.draft import Drafting
 from headrace.engine.memory import Memory
 from headrace.engine.planner import Planner, Step
 from headrace.engine.policy import Policies, choose
 from headrace.engine.progress import Progress, State, check_servable
 from headrace.engine.queue import Bounds, Deadlines, Lines
 
-_Drawn = tuple[list[tuple[int, ...]], list[int], list[tuple[TokenLogprob, ...]]]  # as drawn, the token, logprobs
+_Drawn = tuple[list[tuple[int, ...]], list[int], list[tuple[TokenLogprob, ...]]]  # as drawn, the last token, logprobs
+_Kept = dict[Progress, Sampled]  # by those who had drafts
 
 
 _new_row = tuple.__new__  # map(_new_row, repeat(Output), zip(columns)) makes rows much faster than calling Output
@@ -80,7 +82,8 @@ class Scheduler:
         self._lines = Lines(capacity.block_tokens)
         self._deadlines = Deadlines()
         self._bounds = Bounds(settings.max_queue_requests, settings.max_queue_tokens)
-        shared = (self._lines, self._memory, self._bounds, observer)
+        self._drafting = Drafting(self._policies, self._lines, self._memory)
+        shared = (self._lines, self._memory, self._drafting, self._bounds, observer)
         self._planner = Planner(self._policies, settings.max_running, capacity.layers, *shared)
         self._arrivals = 0
         self._flight: Step | None = None  # planned, and neither committed nor failed
@@ -175,16 +178,20 @@ class Scheduler:
         if not 1 <= run.steps <= step.steps:
             raise BadResult(f"the executor repeated the step {run.steps} times where {step.steps} were asked for")
         members, drawing = _without(step.members, step.left), _without(step.drawing, step.left)
-        one_by_one = result.others_drew is None
-        drawn = _drawn([progress.id for progress in (*members, *drawing)], result) if one_by_one else None
+        kept = _kept(step, result) if step.drafted else {}
+        drawn = _drawn([*members, *drawing], kept, result) if result.others_drew is None else None
         self._went_by(step, run, now, len(members))
         self._flight = None
         self._lines.decoding.pace.token = result.others_drew
         outputs = self._prompt_logprobs(step, result) if result.prompt_logprobs else []
+        if step.drafted:
+            self._drafting.settle(step.drafted, kept)
         if drawing:
-            self._drew(step, drawing, now)
+            self._drew(step, drawing, kept, now)
         if drawn is None:
             return outputs + self._end(self._stopped(step, result), now)
+        for progress, sampled in kept.items():
+            progress.output_ids += sampled.token_ids[:-1]
         return outputs + self._append([*members, *drawing], drawn, now)
 
     def advance(self, run: Run) -> None:
@@ -274,12 +281,17 @@ class Scheduler:
         if step.beat is not None:
             self._observe(events.Decoded(now, step.beat.rows, step.beat.paused, drew, run))
 
-    def _drew(self, step: Step, drawing: Sequence[Progress], now: float) -> None:
+    def _drew(self, step: Step, drawing: Sequence[Progress], kept: _Kept, now: float) -> None:
         first = _without(step.first, step.left)
         for progress in first:
             progress.first_token_s = now
         ids = tuple(progress.id for progress in drawing)
-        self._observe(events.Drew(now, ids, (1,) * len(ids), tuple(progress.id for progress in first)))
+        tokens = tuple(len(kept[one].token_ids) if one in kept else 1 for one in drawing) if kept else (1,) * len(ids)
+        self._observe(events.Drew(now, ids, tokens, tuple(progress.id for progress in first)))
+        if kept:
+            drafted = tuple(len(step.drafted[progress]) for progress in kept)
+            accepted = tuple(len(sampled.token_ids) - 1 for sampled in kept.values())
+            self._observe(events.Verified(now, tuple(progress.id for progress in kept), drafted, accepted))
 
     def _append(self, drawing: Sequence[Progress], drawn: _Drawn, now: float) -> list[Output]:
         """Append the drawn tokens to their requests, and end those that are through."""
@@ -333,14 +345,37 @@ def _without(some: Sequence[Progress], left: Sequence[Progress]) -> Sequence[Pro
     return [progress for progress in some if progress not in left] if left else some
 
 
-def _drawn(ids: Sequence[RequestId], result: StepResult) -> _Drawn:
-    """What each of them drew: exactly one token, for a plan without drafts cannot yield more."""
+def _drawn(some: Sequence[Progress], kept: _Kept, result: StepResult) -> _Drawn:
+    """What each of them drew: exactly one token, but for those in `kept`."""
     sampled = result.sampled
     try:
-        drawn = [sampled[request_id] for request_id in ids]
-        token_ids = [one.token_ids for one in drawn]
-        return token_ids, [token for (token,) in token_ids], [one.logprobs for one in drawn]
+        drawn = [sampled[progress.id] for progress in some]
+        if kept:
+            drawn = [kept.get(progress, one) for progress, one in zip(some, drawn, strict=True)]
+        token_ids = last = [one.token_ids for one in drawn]
+        if kept:
+            last = [ids[-1:] if progress in kept else ids for progress, ids in zip(some, token_ids, strict=True)]
+        return token_ids, [token for (token,) in last], [one.logprobs for one in drawn]
     except KeyError as error:
         raise BadResult(f"the executor drew no token for request {error}") from error
     except ValueError as error:
         raise BadResult("the executor drew several tokens, or none, where one was asked for") from error
+
+
+def _kept(step: Step, result: StepResult) -> _Kept:
+    """What those with drafts drew, up to the first stop token: what comes after it is nobody's."""
+    kept: _Kept = {}
+    for progress, drafts in step.drafted.items():
+        if progress in step.left:
+            continue
+        sampled = result.sampled.get(progress.id)
+        if sampled is None:
+            if result.others_drew is None:
+                raise BadResult(f"the executor drew no token for request {progress.id!r}")
+            sampled = Sampled((result.others_drew,))
+        ids, stops = sampled.token_ids, progress.stop_token_ids
+        if not ids or ids[:-1] != drafts[: len(ids) - 1]:
+            raise BadResult(f"the executor accepted drafts that request {progress.id!r} does not have")
+        end = next((at for at, token in enumerate(ids, 1) if token in stops), len(ids))
+        kept[progress] = sampled if end == len(ids) else Sampled(ids[:end], sampled.logprobs[:end])
+    return kept

@@ -1,4 +1,4 @@
-"""What policies see and what they answer: the four joints, the read-only views they get, and the two methods that a
+"""What policies see and what they answer: the joints, the read-only views they get, and the two methods that a
 policy may have beside its call. Decides nothing.
 
 A policy is a function, or an object with `__call__` for one that remembers. Such an object belongs to one scheduler and
@@ -64,6 +64,10 @@ class RequestView(Protocol):
     @property
     def preemptions(self) -> int: ...
 
+    def token_ids(self, start: int, end: int) -> Sequence[int] | None:
+        """Tokens [start, end) of prompt and output; None if some of them are not known."""
+        ...
+
 
 class PoolView(NamedTuple):
     """The KV memory at the moment one request asks for admission."""
@@ -89,6 +93,22 @@ class BatchView(NamedTuple):
     waiting: Sequence[RequestView]  # not admitted, or preempted
 
 
+class DraftView(NamedTuple):
+    """Who could go on by more than one token in this step."""
+
+    decoding: Sequence[RequestView]
+    context_tokens: int  # the sum of what they have computed
+    token_room: int  # of the budget, when each of them has its one token
+    behind: bool  # others would compute what drafts leave of the budget
+
+
+class Draft(NamedTuple):
+    """A guess of what follows a request's known tokens."""
+
+    token_ids: tuple[int, ...]
+    evidence: int  # for how many known tokens this has followed before; 0: it is no more than a guess
+
+
 class Share(NamedTuple):
     """A wish: compute these requests, in this order, with at most `tokens` altogether. Who waits asks for admission;
     the first who is refused ends the share, so that nobody overtakes. `whole` requests start only if all their missing
@@ -111,3 +131,11 @@ BatchFormer = Callable[[BatchView], Generator[Share, int, None]]  # yields wishe
 # (those behind it in order, the needy) -> who yields. Asked when a running request finds no block: None is then the
 # last of them. Asked as well when the first that waits (`needy.running` is false) may not start: None is nobody.
 Preemption = Callable[[Sequence[RequestView], RequestView], RequestView | None]
+
+# (request, how many tokens at most) -> a guess of them, or of fewer. Asked only for those whom the controller wants to
+# know about, and not in every step.
+Drafter = Callable[[RequestView, int], Draft | None]
+
+# Which of the guesses are worth computing: (request, the tokens to verify), in the order in which memory is to be found
+# for them. `policies.goodput` says what they are worth.
+SpecController = Callable[[DraftView, Drafter], Sequence[tuple[RequestView, tuple[int, ...]]]]
