@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.core.events import Admitted, Arrived, Decoded, Drew, Finished, Planned, Preempted, Rejected, StepDone
+from headrace.core.events import (
+    Admitted,
+    Arrived,
+    Decoded,
+    Drew,
+    Finished,
+    Planned,
+    Preempted,
+    Rejected,
+    StepDone,
+    Verified,
+)
 from headrace.core.metrics import Histogram, Metrics
 from headrace.core.step import Decode, Run
 from headrace.core.types import FinishReason, Usage
@@ -21,6 +32,7 @@ def life(metrics: Metrics) -> None:
     metrics.observe(Drew(2.5, ("a", "b"), (1, 1), ()))
     metrics.observe(Preempted(2.5, "b", 101, "memory"))
     metrics.observe(Drew(2.75, ("a",), (2,), ()))
+    metrics.observe(Verified(2.75, ("a",), (4,), (1,)))
     metrics.observe(Admitted(3.0, "b", 96, 0.5, again=True))
     metrics.observe(Drew(3.5, ("b",), (1,), ()))
     metrics.observe(Finished(2.75, "a", FinishReason.STOP, Usage(100, 4, 64), 0.0, 1.0, 2.0, 8))
@@ -33,6 +45,7 @@ def test_counters() -> None:
     metrics.observe(Rejected(4.0, "c", "full"))
     assert (metrics.prompt_tokens, metrics.output_tokens, metrics.preemptions) == (200, 7, 1)
     assert (metrics.prefix_queries, metrics.prefix_hits, metrics.rejected) == (200, 128, 1)
+    assert (metrics.drafts, metrics.drafted_tokens, metrics.accepted_tokens) == (1, 4, 1)
     assert metrics.finished == {"stop": 1, "length": 1}
 
 
@@ -40,8 +53,8 @@ def test_inter_token_latency_is_between_two_draws_of_one_request() -> None:
     metrics = Metrics()
     life(metrics)
     gaps = metrics.histograms["inter_token_latency_seconds"]
-    assert sum(gaps.counts) == 4  # a and b once together, a once with two tokens, b once after its preemption
-    assert gaps.sum == 0.5 + 0.5 + 0.25 / 2 + 1.0
+    assert sum(gaps.counts) == 5  # a and b once together, a two tokens at once, b once after its preemption
+    assert gaps.sum == 0.5 + 0.5 + 2 * (0.25 / 2) + 1.0
 
 
 def test_intervals_of_a_request() -> None:

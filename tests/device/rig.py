@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from headrace.core.config import EngineSettings
-from headrace.core.events import Event, Preempted
+from headrace.core.events import Event, Preempted, Verified
 from headrace.core.keys import block_keys
 from headrace.core.ports import Capacity
 from headrace.core.types import Output, Request, Sampling, TokenLogprob, Tokens
@@ -61,10 +61,14 @@ class Rig:
         self.executor = self.model.executor(self.blocks)
         self.scheduler = Scheduler(self.settings, self.executor.capacity, token_budget=self.budget, observer=self)
         self.preemptions = self.cut = 0  # `cut` counts works that went through some layers only
+        self.drafted = self.accepted = 0
         self.now = 0.0
 
     def observe(self, event: Event) -> None:
         self.preemptions += isinstance(event, Preempted)
+        if isinstance(event, Verified):
+            self.drafted += sum(event.drafted)
+            self.accepted += sum(event.accepted)
 
     def run(
         self, requests: Iterable[Request], each_step: Callable[[int], None] = lambda _: None

@@ -15,7 +15,7 @@ from rig import Model, request
 
 from headrace.core import clock
 from headrace.core.config import EngineSettings
-from headrace.core.events import Admitted, Event, Finished, Preempted
+from headrace.core.events import Admitted, Event, Finished, Preempted, Verified
 from headrace.core.ports import Capacity, Executor
 from headrace.core.step import StepPlan, StepResult
 from headrace.core.types import FinishReason, Output, Request, Sampling
@@ -43,6 +43,9 @@ class Live:
     def observe(self, event: Event) -> None:
         self.counts["preempted"] += isinstance(event, Preempted)
         self.counts["cached"] += event.cached_tokens if isinstance(event, Admitted) else 0
+        if isinstance(event, Verified):
+            self.counts["accepted"] += sum(event.accepted)
+            self.counts["rejected"] += sum(event.drafted) - sum(event.accepted)
         if isinstance(event, Finished):
             self.counts[event.reason.value] += 1
 
@@ -158,6 +161,22 @@ async def conversations(engine: Engine) -> None:
     await asyncio.gather(*map(talk, range(6)))
 
 
+async def repeating(engine: Engine) -> None:
+    """Answers out of a few tokens, so that there is much to guess; some end by a stop token or for what they said."""
+    rng = random.Random(11)
+    readers = []
+    for number in range(30):
+        few = rng.sample(range(VOCAB), 5)
+        sampling = Sampling(temperature=1.0, seed=number, logit_bias=tuple((token, 9.0) for token in few))
+        prompt = [rng.choice(few) for _ in range(rng.randrange(10, 40))]
+        some = frozenset(rng.sample(range(VOCAB), 12))
+        one = request(f"r{number}", prompt, 60, sampling, stop_token_ids=some if number % 2 else frozenset())
+        one = replace(one, arrival_s=clock.now())
+        readers.append(asyncio.create_task(watch_for(engine, one, frozenset() if number % 2 else some)))
+        await clock.sleep(0.01 * rng.random())
+    await asyncio.gather(*readers)
+
+
 async def impatient(engine: Engine) -> None:
     """Priorities, and deadlines that some miss in the queue and some while they run."""
     rng = random.Random(8)
@@ -187,6 +206,16 @@ RUNS: dict[str, tuple[dict[str, object], Client, dict[str, int]]] = {
         {"settings": EngineSettings(batch="layered"), "budget": 24, "blocks": 32},
         crowd(40, 0.002, 20, most=5, new=60),
         {"cut": 20, "abort": 5, "preempted": 1, "cached": 100},
+    ),
+    "drafts": (
+        {"settings": EngineSettings(speculate="lookup"), "blocks": 48},
+        repeating,
+        {"accepted": 20, "rejected": 20, "stop": 5},
+    ),
+    "all drafts": (
+        {"settings": EngineSettings(speculate="lookup", draft_control="always"), "blocks": 24},
+        repeating,
+        {"accepted": 100, "rejected": 100, "stop": 5, "preempted": 1},
     ),
     "failures": ({"failing": frozenset({5, 40})}, crowd(20, 0.004, 20), {"error": 1, "length": 5}),
 }

@@ -59,7 +59,7 @@ def test_a_request_survives(request: Request) -> None:
         (lines(HEAD).getvalue() + b'{"type":"party"}\n', "line 2 "),
         (lines(HEAD).getvalue() + b"[" * 100_000, "line 2 "),
         (lines(HEAD).getvalue() + b'{"type":"abort","at_s":0,"id":"\xff"}\n', "line 2 "),
-        (lines(Head(99, EngineSettings(), Capacity(8, 16, 128, 100), 64)).getvalue(), "format 1"),
+        (lines(Head(99, EngineSettings(), Capacity(8, 16, 128, 100), 64)).getvalue(), f"format {FORMAT}"),
     ],
 )
 def test_anything_else_is_refused(text: bytes, message: str) -> None:

@@ -19,6 +19,7 @@ from headrace.core.events import (
     Preempted,
     Rejected,
     StepDone,
+    Verified,
 )
 from headrace.core.step import Run
 from headrace.core.types import RequestId
@@ -84,6 +85,9 @@ class Metrics:
         self.preemptions = 0
         self.prefix_queries = 0  # prompt tokens looked up
         self.prefix_hits = 0  # of those, found
+        self.drafts = 0  # requests that had tokens guessed, once for each step
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0  # of these
         self.rejected = 0
         self.finished: Counter[str] = Counter()
         self.histograms = {
@@ -111,6 +115,10 @@ class Metrics:
                 self._decoded(event)
             case Drew():
                 self._drew(event)
+            case Verified():
+                self.drafts += len(event.drafted)
+                self.drafted_tokens += sum(event.drafted)
+                self.accepted_tokens += sum(event.accepted)
             case StepDone():
                 self.histograms["iteration_tokens_total"].add(event.tokens, event.run.steps)
                 self.histograms["step_seconds"].add_run(event.run)
@@ -146,7 +154,7 @@ class Metrics:
         for request_id, tokens in zip(event.request_ids, event.tokens, strict=True):
             last = self._last_token_s.get(request_id)
             if last is not None:
-                self.histograms["inter_token_latency_seconds"].add((event.at_s - last) / tokens)
+                self.histograms["inter_token_latency_seconds"].add((event.at_s - last) / tokens, tokens)
         self._last_token_s.update(dict.fromkeys(event.request_ids, event.at_s))
 
     def _finish(self, event: Finished) -> None:

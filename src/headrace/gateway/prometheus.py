@@ -53,6 +53,9 @@ class _Collected(Collector):
         yield self._counter("generation_tokens", "Output tokens.", counts.output_tokens)
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", counts.prefix_queries)
         yield self._counter("prefix_cache_hits", "Prompt tokens found.", counts.prefix_hits)
+        yield self._counter("spec_decode_num_drafts", "Requests with guessed tokens, in each step.", counts.drafts)
+        yield self._counter("spec_decode_num_draft_tokens", "Tokens guessed and verified.", counts.drafted_tokens)
+        yield self._counter("spec_decode_num_accepted_tokens", "Guessed tokens drawn.", counts.accepted_tokens)
         yield self._counter("requests_rejected", "Requests refused because the queue was full.", counts.rejected)
         labels = ["model_name", "finished_reason"]
         family = CounterMetricFamily(self.prefix + "request_success", "Requests that ended, by reason.", labels=labels)

@@ -104,7 +104,7 @@ class Gaps:
 
     def _gap(self, last: _Last, at_s: float, tokens: int) -> None:
         gap_s = (at_s - last.at_s) / tokens
-        self.all.add(gap_s)
+        self.all.add(gap_s, tokens)
         last.longest_s = max(last.longest_s, gap_s)
         last.at_s = at_s
 

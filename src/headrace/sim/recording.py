@@ -20,7 +20,7 @@ from headrace.core.ports import Capacity, Executor, Observer
 from headrace.core.step import Run, StepPlan, StepResult
 from headrace.core.types import Blank, FinishReason, HeadraceError, Request, RequestId, Sampling, Segment, Tokens
 
-FORMAT = 1
+FORMAT = 2
 LONGEST_LINE = 64 << 20  # bytes: a prompt of ten million tokens
 
 
@@ -202,7 +202,7 @@ class Recorder:
         drawn and from the time, and will follow again."""
         stops = self._stops.pop(event.request_id, frozenset())
         if event.reason is FinishReason.STOP:
-            return not stops.intersection(self._drawn.get(event.request_id, ())[-1:])
+            return stops.isdisjoint(self._drawn.get(event.request_id, ()))
         return event.reason is FinishReason.ABORT
 
     def _put(self, entry: Entry) -> None:

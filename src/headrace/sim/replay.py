@@ -37,7 +37,7 @@ from headrace.sim.recording import (
 )
 
 _ROWS = {  # of what the parts of a plan consist
-    "work": ("row", "request, start, tokens, sample, new blocks, replaced blocks, layers, lane"),
+    "work": ("row", "request, start, tokens, sample, new blocks, replaced blocks, layers, lane, drafts"),
     "admitted": ("admission", "request, output, blocks, start"),
     "released": ("release", "request"),
     "copies": ("copy", "from, to, blocks"),

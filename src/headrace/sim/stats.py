@@ -22,6 +22,7 @@ from headrace.core.events import (
     Preempted,
     Rejected,
     StepDone,
+    Verified,
 )
 from headrace.core.types import SLO, FinishReason, RequestId
 from headrace.sim.gaps import Gaps
@@ -45,6 +46,8 @@ class Totals:
     output_tokens: int = 0  # of completed requests
     cached_tokens: int = 0  # found in the prefix cache at first admissions
     queried_tokens: int = 0  # looked for there
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of these
     preemptions: int = 0
     lost_tokens: int = 0  # computed, and to be computed again or found
     plans: int = 0
@@ -118,6 +121,7 @@ class Stats:
             Finished: self._finish,
             Arrived: self._arrive,
             Admitted: self._admit,
+            Verified: self._verify,
             Preempted: self._preempt,
             Rejected: self._reject,
         }
@@ -144,6 +148,12 @@ class Stats:
     def _draw(self, event: Drew) -> None:
         self._gaps.drew(event)
         self._note(b"t", event.at_s, *event.request_ids)
+
+    def _verify(self, event: Verified) -> None:
+        drafted, accepted = sum(event.drafted), sum(event.accepted)
+        self.totals.drafted_tokens += drafted
+        self.totals.accepted_tokens += accepted
+        self._log(pack("<cdqq", b"v", event.at_s, drafted, accepted))
 
     def _preempt(self, event: Preempted) -> None:
         self.totals.preemptions += 1
