@@ -3,6 +3,7 @@ against the strict executor and checks every invariant after every event."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from headrace.core.keys import block_keys
 from headrace.core.ports import Capacity
 from headrace.core.step import StepPlan
 from headrace.core.types import FinishReason, Output, Request, RequestId, Sampling, Tokens
+from headrace.engine.policies.lanes import Measured
 from headrace.engine.policy import Always, BatchView, Share, choose
 from headrace.engine.scheduler import Scheduler
 
@@ -78,13 +80,15 @@ class Rig:
             self.capacity,
             token_budget=budget,
             observer=self.recorder,
-            policies=replace(choose(settings), **policies),
+            policies=replace(choose(settings, predict=Measured(0.01, 0.001)), **policies),
         )
         self.executor = NullExecutor(self.capacity)
         self.now = 0.0
         self.requests: dict[RequestId, Request] = {}
         self.outputs: dict[RequestId, list[Output]] = {}
         self.plans: list[StepPlan] = []
+        self.flights: dict[int, StepPlan] = {}  # of several lanes
+        self.turns = random.Random(blocks)  # whose it is
 
     def add(self, *requests: Request) -> None:
         for request in requests:
@@ -105,9 +109,14 @@ class Rig:
         self.collect([output] if output else [])
 
     def step(self, *, fails: bool = False, abort_in_flight: RequestId | None = None) -> StepPlan | None:
-        """One round of the loop; returns the plan."""
+        """One round of the loop; returns the plan. With two lanes, a step begins or ends in one of them."""
         self.now += 1.0
         self.collect(self.scheduler.expire(self.now))
+        if self.scheduler.lanes > 1:
+            plan = self._turn(self.turns.randrange(2), fails)
+            if plan is not None and abort_in_flight is not None:
+                self.abort(abort_in_flight)
+            return plan
         plan = self.scheduler.plan(self.now)
         self.scheduler.check()
         if plan is None:
@@ -120,6 +129,36 @@ class Rig:
         if fails:
             self.executor.spoil(plan)
             self.collect(self.scheduler.fail(self.now, "on purpose"))
+        else:
+            self.collect(self.scheduler.commit(result, self.now))
+        return plan
+
+    def _turn(self, first: int, fails: bool) -> StepPlan | None:
+        for lane in (first, 1 - first):
+            if lane in self.flights:
+                return self.end(lane, fails)
+            if (plan := self.begin(lane)) is not None:
+                return plan
+        return None
+
+    def begin(self, lane: int) -> StepPlan | None:
+        """A lane plans, if it has something to do."""
+        plan = self.scheduler.plan(self.now, lane)
+        self.scheduler.check()
+        if plan is not None:
+            assert plan.lane == lane
+            assert all(0.0 < one.share <= 1.0 for one in plan.lanes)
+            self.plans.append(plan)
+            self.flights[lane] = plan
+            self.executor.begin(plan)
+        return plan
+
+    def end(self, lane: int, fails: bool = False) -> StepPlan:
+        plan = self.flights.pop(lane)
+        result = self.executor.end(plan)
+        if fails:
+            self.executor.spoil(plan)
+            self.collect(self.scheduler.fail(self.now, "on purpose", lane))
         else:
             self.collect(self.scheduler.commit(result, self.now))
         return plan

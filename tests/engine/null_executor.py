@@ -78,6 +78,8 @@ class NullExecutor:
         self.host: dict[Block, dict[tuple[int, int], Prefix]] = {}  # what was copied out: block -> (offset, layer)
         self.copied_out = self.copied_in = 0  # blocks
         self.plans: list[StepPlan] = []
+        self.computing: dict[int, list[RequestId]] = {}  # by lane, in steps that have begun
+        self.fetched: dict[int, set[Block]] = {}  # by lane, blocks of the device that are copied in
         self.computed_tokens = 0
         self.drafted = self.accepted = 0
         self.forgotten: set[RequestId] = set()  # in failed steps: the scheduler may still ask to forget them
@@ -87,12 +89,13 @@ class NullExecutor:
         return self._capacity
 
     async def run(self, plan: StepPlan) -> StepResult:
+        self.begin(plan)
         await clock.sleep(self.step_s)
         if plan.step in self.failing:
-            self.perform(plan)
+            self.end(plan)
             self.spoil(plan)
             raise RuntimeError("the device fell over")
-        return self.perform(plan)
+        return self.end(plan)
 
     async def close(self) -> None:
         self.known.clear()
@@ -106,22 +109,33 @@ class NullExecutor:
                 for layer in range(self._capacity.layers):
                     slot = (blocks[position // size], position % size, layer)
                     self.slots.pop(slot, None)
+        beside = {name for names in self.computing.values() for name in names}
         for copy in plan.copies:
             for _, target in copy.pairs:
                 if copy.target_tier == HOST:
                     self.host.pop(target, None)
                 else:
                     self._fill(target, {})
-        self.forgotten |= set(self.known)
-        self.known.clear()
+        self.forgotten |= self.known.keys() - beside
+        self.known = {name: known for name, known in self.known.items() if name in beside}
 
     def perform(self, plan: StepPlan) -> StepResult:
+        self.begin(plan)
+        return self.end(plan)
+
+    def begin(self, plan: StepPlan) -> None:
+        """It may write any of its slots from here to its end."""
+        assert plan.lane not in self.computing, "a lane has two steps"
+        assert 0 <= plan.lane < len(plan.lanes)
         assert not self.plans or plan.step > self.plans[-1].step, "step numbers must grow"
         self.plans.append(plan)
         for request_id in plan.released:
             assert request_id in self.known or request_id in self.forgotten, "released a request nobody knows"
             self.known.pop(request_id, None)
-        self.forgotten.clear()
+            self.forgotten.discard(request_id)
+            assert all(request_id not in names for names in self.computing.values()), "released amid its step"
+        if len(plan.lanes) == 1:
+            self.forgotten.clear()
         for admitted in plan.admitted:
             self._admit(admitted)
         served = [work.request_id for work in plan.work]
@@ -133,6 +147,13 @@ class NullExecutor:
             self._extend_table(work)
         self._check_writers(plan)
         self._copy_out(plan)
+        assert not any(set(served) & set(names) for names in self.computing.values()), "computed in two lanes"
+        self.computing[plan.lane], self.fetched[plan.lane] = served, fetched
+        for work in plan.work:
+            self._write(work)
+
+    def end(self, plan: StepPlan) -> StepResult:
+        served, fetched = self.computing.pop(plan.lane), self.fetched.pop(plan.lane)
         for work in plan.work:  # all writes before all reads, as within a layer
             self._write(work)
             self._go_on(work)

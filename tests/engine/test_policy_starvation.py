@@ -21,6 +21,7 @@ DUE_S = LONGEST_S + 2 * PATIENCE_S
 BOUND_S: dict[str, float] = {  # of later arrivals that may overtake
     "fcfs": 0.0,
     "priority": 2 * PRIORITY_LEVELS * AGEING_S,
+    "shortest-prompt": 1.0,  # its prompt over AGEING_TOKENS_PER_S
     "vtc": 200.0,  # in tokens: 2 * max(prompt, 2 * memory) = 128 here, at two and more tokens a second
     "drr": 200.0,  # one round: a quantum of 512 tokens and a request
     "edd": LONGEST_S,

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from headrace.core import events
 from headrace.core.types import SLO, FinishReason, Overloaded
-from headrace.engine.policy import ADMISSIONS, BATCHES, ORDERINGS, PREEMPTIONS, PoolView, RequestView
+from headrace.engine.policy import ADMISSIONS, BATCHES, LANES, ORDERINGS, PREEMPTIONS, PoolView, RequestView
 
 ANYTHING = settings(
     derandomize=True, deadline=None, max_examples=120, stateful_step_count=40, suppress_health_check=list(HealthCheck)
@@ -54,8 +54,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_cache=st.sampled_from([True, True, True, False]),
         host_blocks=st.sampled_from([0, 0, 3, 9, 40]),
         least_copied_blocks=st.sampled_from([1, 1, 1, 2]),
+        lanes=st.sampled_from(["one", *LANES]),
     )
     def start(self, **choices: Any) -> None:
+        if choices["lanes"] != "one":
+            choices["host_blocks"] = 0  # two lanes have no host tier
         self.rig = Rig(**choices, max_queue_requests=6, max_queue_tokens=120)
         self.names = map(str, itertools.count())
 
@@ -146,13 +149,13 @@ def test_every_pair_of_policies_is_tried() -> None:
         assert {(choice[one], choice[other]) for choice in tried} >= set(itertools.product(sides[one], sides[other]))
 
 
-def crowd(seed: int, choices: tuple[Any, Any, Any, Any], tiered: bool = False) -> Rig:
+def crowd(seed: int, choices: tuple[Any, Any, Any, Any], tiered: bool = False, lanes: str = "one") -> Rig:
     """Eight requests at a time in a dozen blocks: most steps preempt, share or finish somebody."""
     rng = random.Random(seed)
     names = ("ordering", "admission", "batch", "preemption")
-    cuts = {"layers": 5 if choices[2] == "layered" else 1, "host_blocks": 20 if tiered else 0}
-    cuts["drafts"] = rng.choice([0, 2, 6])
-    rig = Rig(12, rng.choice([3, 9, 30]), context=40, max_running=8, **cuts, **dict(zip(names, choices, strict=True)))
+    cuts: dict[str, Any] = {"layers": 5 if choices[2] == "layered" else 1, "host_blocks": 20 if tiered else 0}
+    cuts |= {"drafts": rng.choice([0, 2, 6]), "lanes": lanes, **dict(zip(names, choices, strict=True))}
+    rig = Rig(12, rng.choice([3, 9, 30]), context=40, max_running=8, **cuts)
     for number in range(40):
         prompt = [*rng.choice(PREFIXES), *rng.choices(range(2), k=rng.randint(0, 5))]
         more = {"priority": rng.choice([-100, 0, 0, 2]), "tenant": rng.choice("ab"), "slo": SLO(rng.random(), 1.0)}
@@ -183,3 +186,23 @@ def test_crowds(choices: tuple[Any, Any, Any, Any]) -> None:
     tiered = [crowd(seed, choices, tiered=True) for seed in range(2)]
     assert sum(rig.executor.copied_out for rig in tiered) > 20
     assert sum(rig.executor.copied_in for rig in tiered) > 5 or choices[1] is not anybody
+
+
+@pytest.mark.parametrize("lanes", [name for name in LANES if name != "one"])
+@pytest.mark.parametrize("batch", [*BATCHES, newest_first], ids=lambda one: getattr(one, "__name__", one))
+def test_crowds_in_two_lanes(lanes: str, batch: Any) -> None:
+    used: Counter[str] = Counter()
+    orderings, admissions, preemptions = [*ORDERINGS, shortest_left], [*ADMISSIONS, anybody], [*PREEMPTIONS]
+    place, beside = [*LANES].index(lanes) * len(BATCHES) + [*BATCHES, newest_first].index(batch), 0
+    for seed in range(4):
+        at = 4 * place + seed
+        ordering, preemption = orderings[at % len(orderings)], preemptions[at % len(preemptions)]
+        choices = (ordering, [anybody, *admissions][at % (len(admissions) + 1)], batch, preemption)
+        rig = crowd(seed, choices, lanes=lanes)
+        used["preempted"] += len(rig.recorder.of(events.Preempted))
+        used["finished"] += sum(rig.finish(name) is FinishReason.LENGTH for name in rig.requests)
+        beside += sum(one.lane != other.lane for one, other in itertools.pairwise(rig.plans))
+    assert used["finished"] > 80
+    assert used["preempted"] > 5
+    assert beside > 150
+    assert crowd(seed, choices, lanes=lanes).recorder.events == rig.recorder.events, "a replay took another course"

@@ -90,7 +90,8 @@ class EngineSettings:
     prefix_cache: bool = setting(True, "share the KV of equal prompt prefixes")
     ordering: str = setting(
         "fcfs",
-        "who is next: fcfs, priority, vtc, drr, edd, eddc, mdd, mddc, urgency, prefix-groups, random or markov",
+        "who is next: fcfs, priority, shortest-prompt, vtc, drr, edd, eddc, mdd, mddc, urgency, prefix-groups, random "
+        "or markov",
     )
     admission: str = setting(
         "free-blocks",
@@ -110,6 +111,17 @@ class EngineSettings:
     )
     draft_tokens: int = setting(8, "most tokens guessed for one request in one step")
     draft_control: str = setting("goodput", "how many of these are verified: goodput, as many as pay, or always, all")
+    lanes: str = setting(
+        "one",
+        "streams of steps on the device: one, or prompts beside decodes, in shares that are fixed, set by feedback "
+        "(semi-pd) or by prediction (nexus)",
+    )
+    lane_shares: str = setting(
+        "50,50", "percent of the device for prompts and for decodes; semi-pd and nexus begin there, and may exceed 100"
+    )
+    first_token_ms: float = setting(
+        1000.0, "under --lanes semi-pd, what a first token may take where its request promises nothing"
+    )
     tenant_weights: str = setting("", "shares under --ordering vtc and drr, as name=weight,...; 1 for all others")
     length_window: int = setting(1000, "answers whose lengths predict those of others, where a policy predicts")
 

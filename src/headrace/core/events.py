@@ -39,6 +39,13 @@ class Planned(NamedTuple):
     total_blocks: int
 
 
+class Idle(NamedTuple):
+    """One of several lanes was asked, policies included, and found nothing that it may do beside the others."""
+
+    at_s: float
+    lane: int
+
+
 class StepDone(NamedTuple):
     """One step, or several repetitions of one."""
 
@@ -107,4 +114,4 @@ class Rejected(NamedTuple):
     reason: str
 
 
-Event = Arrived | Admitted | Planned | StepDone | Preempted | Drew | Decoded | Verified | Finished | Rejected
+Event = Arrived | Admitted | Planned | Idle | StepDone | Preempted | Drew | Decoded | Verified | Finished | Rejected

@@ -26,13 +26,16 @@ class Capacity:
 
 
 class Executor(Protocol):
-    """Performs plans, one after the other, in the order given."""
+    """Performs plans, one after the other, in the order given. Plans of several lanes may be under way at once, one of
+    each lane: what they admit and release counts from the call of `run` on, and none of them names a request or
+    writes a block that another under way computes."""
 
     @property
     def capacity(self) -> Capacity: ...
 
     async def run(self, plan: StepPlan) -> StepResult:
-        """Perform one step. Raises if the step failed as a whole; the executor has then forgotten all its requests."""
+        """Perform one step. Raises if the step failed as a whole; the executor has then forgotten all its requests, but
+        those whose step is under way in another lane."""
         ...
 
     def interrupt(self) -> Run | None:

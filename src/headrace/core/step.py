@@ -58,7 +58,6 @@ class Work(NamedTuple):
     new_blocks: tuple[Block, ...] = ()  # appended to the block table before computing; with the first layers only
     replaced_blocks: tuple[tuple[int, Block], ...] = ()  # (index in the table, block): adopted from another request
     layers: tuple[int, int] | None = None  # [first, last) layers to run; None is all of them
-    lane: int = 0  # index into StepPlan.lanes
     drafts: tuple[int, ...] = ()  # guesses of the tokens after the known ones; only with `sample` and all layers
 
 
@@ -92,7 +91,12 @@ class Beat(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """A share of the device with its own stream of steps."""
+    """A share of the device with its own stream of steps. Shares of several lanes may add up to more than 1; where
+    steps meet they then share what both were promised.
+
+        lane 0   |== a prompt ==|==== prompts ====|     those who catch up
+        lane 1   |- beat -|- beat -|- beat -|- beat -|  everybody who decodes; who caught up joins at the next beat
+    """
 
     share: float = 1.0  # of the device's compute units, in (0, 1]
     overlap: str = "serial"  # how its kernels interleave with other lanes: named by the cost model and the executor
@@ -132,6 +136,7 @@ class StepPlan(NamedTuple):
     released: tuple[RequestId, ...] = ()  # finished, aborted or preempted since the last plan: forget those you know
     copies: tuple[Copy, ...] = ()
     lanes: tuple[Lane, ...] = SERIAL
+    lane: int = 0  # the one of them that this step belongs to; the others' shares are what was last told
     beat: Beat | None = None
     steps: int = 1  # the most repetitions of the beat
     until_s: float = math.inf

@@ -5,6 +5,8 @@ what a step computes. The only file of the engine that knows asyncio.
     generate -> scheduler.add                    .--------- stream of one request -> its generator
                      |                           |
       expire, plan --+--> executor.run --> commit, or fail --> idle until something arrives
+
+With several lanes, each has such a loop, and all of them share the scheduler and the executor.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ class Engine:
         self._scheduler = scheduler
         self._executor = executor
         self._streams: dict[RequestId, asyncio.Queue[Output]] = {}
-        self._work = asyncio.Event()  # something was added or ended: look again
+        self._work = [asyncio.Event() for _ in range(scheduler.lanes)]  # something was added or ended: look again
         self._empty = asyncio.Event()  # no request is live
         self._empty.set()
         self._state = "ready"
         self._error: str | None = None
-        self._failures = 0
+        self._failures = [0] * scheduler.lanes
         self._repeats = False  # the plan in flight stands for several steps
         self._last_progress_s: float | None = None
 
@@ -48,7 +50,7 @@ class Engine:
         self._interrupt()
         self._scheduler.add(request, clock.now())
         self._empty.clear()
-        self._work.set()
+        self._wake()
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
         """Outputs of one request; see `core.ports.Service`."""
@@ -70,7 +72,7 @@ class Engine:
         output = self._scheduler.abort(request_id, clock.now(), reason)
         if output is not None:
             self._deliver([output])
-            self._work.set()
+            self._wake()
 
     def status(self) -> Status:
         scheduler = self._scheduler
@@ -108,21 +110,40 @@ class Engine:
         """Serve until cancelled, or until too many steps in a row have failed. Every stream gets its finish."""
         self._last_progress_s = clock.now()
         try:
-            while self._state != "failed":
-                now = clock.now()
-                self._deliver(self._scheduler.expire(now))
-                plan = self._scheduler.plan(now)
-                if plan is None:  # nobody is here, so no deadline can come either
-                    self._work.clear()
-                    await self._work.wait()
-                else:
-                    await self._step(plan)
+            if len(self._work) == 1:
+                await self._serve(0)
+            else:
+                await self._serve_side_by_side()
         except asyncio.CancelledError:
             self._give_up("the replica was stopped")
             raise
         except Exception as error:
             self._give_up(f"the replica stopped: {_describe(error)}")
             raise
+
+    async def _serve(self, lane: int) -> None:
+        work = self._work[lane]
+        while self._state != "failed":
+            now = clock.now()
+            self._deliver(self._scheduler.expire(now))
+            plan = self._scheduler.plan(now, lane)
+            if plan is None:  # nobody is here, so no deadline can come either; or another lane is busy
+                work.clear()
+                await work.wait()
+            else:
+                await self._step(plan)
+
+    async def _serve_side_by_side(self) -> None:
+        """All lanes until one of them ends, which is for good."""
+        lanes = [asyncio.create_task(self._serve(lane), name=f"lane {lane}") for lane in range(len(self._work))]
+        try:
+            ended, _ = await asyncio.wait(lanes, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
+        finally:
+            for task in lanes:
+                task.cancel()
+            await asyncio.gather(*lanes, return_exceptions=True)
 
     async def _step(self, plan: StepPlan) -> None:
         self._repeats = plan.steps > 1
@@ -131,15 +152,17 @@ class Engine:
             now = clock.now()
             outputs = self._scheduler.commit(result, now)
         except Exception as error:  # whatever broke, the requests of this step must learn of it and the others go on
-            self._failures += 1
-            self._deliver(self._scheduler.fail(clock.now(), f"the step failed: {_describe(error)}"))
-            if self._failures >= FAILURES_IN_A_ROW:
-                self._give_up(f"{self._failures} steps in a row failed, the last with {_describe(error)}")
+            failures = self._failures[plan.lane] = self._failures[plan.lane] + 1
+            self._deliver(self._scheduler.fail(clock.now(), f"the step failed: {_describe(error)}", plan.lane))
+            if failures >= FAILURES_IN_A_ROW:
+                self._give_up(f"{failures} steps in a row failed, the last with {_describe(error)}")
         else:
-            self._failures = 0
+            self._failures[plan.lane] = 0
             self._last_progress_s = now
             self._deliver(outputs)
         self._repeats = False
+        if len(self._work) > 1:
+            self._wake()
         await clock.sleep(0)  # readers of this step's outputs run before the next plan, whatever the executor does
 
     def _interrupt(self) -> None:
@@ -149,6 +172,10 @@ class Engine:
             over = self._executor.interrupt()
             if over is not None:
                 self._scheduler.advance(over)
+
+    def _wake(self) -> None:
+        for work in self._work:
+            work.set()
 
     def _deliver(self, outputs: Iterable[Output]) -> None:
         for output in outputs if self._streams else ():
@@ -164,7 +191,8 @@ class Engine:
         """Nobody will be served any more; nobody may be left waiting for it."""
         self._state, self._error = "failed", error
         now = clock.now()
-        self._deliver(self._scheduler.fail(now, error))
+        for lane in range(len(self._work)):
+            self._deliver(self._scheduler.fail(now, error, lane))
         for request_id in self._scheduler.live_ids():
             ended = self._scheduler.abort(request_id, now, FinishReason.ERROR)
             if ended is not None:

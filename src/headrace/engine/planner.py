@@ -4,19 +4,21 @@ planning half of the scheduler, which owns it; keeps nothing from step to step b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from headrace.core import events
 from headrace.core.ports import Observer
 from headrace.core.step import Admitted, Beat, Block, Run, Work
-from headrace.core.types import BlockKey
+from headrace.core.types import BlockKey, RequestId
 from headrace.engine.draft import Drafting
 from headrace.engine.memory import Memory
 from headrace.engine.policies.joints import DraftView
 from headrace.engine.policy import BatchView, Policies, PoolView, Share
 from headrace.engine.progress import Progress, State
 from headrace.engine.queue import Bounds, Lines
+
+EVERYBODY = frozenset(State)
 
 
 @dataclass(slots=True)
@@ -40,16 +42,24 @@ class Step:
     favoured: Progress | None = None  # waits, and others yielded so that it can start
     steps: int = 1  # how often the beat may be repeated
     left: list[Progress] = field(default_factory=list)  # in flight: whatever they draw is nobody's
+    lane: int = 0
+    serves: frozenset[State] = EVERYBODY  # those whom its lane serves
+    beside: tuple[Step, ...] = ()  # in flight in other lanes while this one is planned
+    joined: list[RequestId] = field(default_factory=list)  # began to decode while this one was in flight
+    leaving: list[Progress] = field(default_factory=list)  # ended in flight, and still hold the blocks it writes
 
     @property
     def empty(self) -> bool:
         return not self.others and self.beat is None
 
     def served(self, progress: Progress) -> bool:
-        """Whether a running request has had its turn. After the beat all who decode have, but those it left out."""
+        """Whether a running request has had its turn, in this step or in one beside it. After the beat all who decode
+        have, but those it left out."""
         if progress.served_step == self.number:
             return True
-        return self.beat is not None and progress.pace is not None and progress.id not in self.beat.paused
+        if self.beat is not None and progress.pace is not None and progress.id not in self.beat.paused:
+            return progress.id not in self.joined
+        return bool(self.beside) and progress.running and any(step.served(progress) for step in self.beside)
 
     def draws(self, progress: Progress) -> bool:
         return progress in self.members or progress in self.drawing
@@ -89,12 +99,13 @@ class Planner:
     def fill(self, step: Step, most_steps: int) -> None:
         """Let the batch policy name its wishes, and grant what is possible. Whatever it wishes, the first in the
         ordering is not stuck twice in a row, and somebody is served."""
+        lines = self._lines
         if self._first_is_stuck:
             self._serve_first(step)
-        elif self._startable and not self._patient:
+        elif State.WAITING in step.serves and self._startable and not self._patient:
             self._clear_the_way(step)
-        lines = self._lines
-        prefilling, waiting = lines.prefilling.snapshot(), lines.waiting.snapshot()
+        prefilling = lines.prefilling.snapshot() if State.PREFILLING in step.serves else ()
+        waiting = lines.waiting.snapshot() if State.WAITING in step.serves else ()
         wishes = self._policies.batch(BatchView(step.now, step.token_budget, step.decoding, prefilling, waiting))
         share = next(wishes, None)
         while share is not None:
@@ -106,7 +117,17 @@ class Planner:
         if step.empty and not self._memory.fetching:
             self._serve_first(step)
         step.steps = self._repetitions(step, most_steps)
-        assert not step.empty or self._memory.fetching, "nobody was served although somebody is here"
+        assert not step.empty or self._memory.fetching or step.serves is not EVERYBODY, "nobody was served"
+
+    def must_wait(self, serves: frozenset[State]) -> bool:
+        """Whether a lane that serves these has nobody to serve; or has to wait because the first in the ordering found
+        no block and belongs to another lane, which plans before anything new takes memory."""
+        lines = self._lines
+        here = {State.WAITING: lines.waiting, State.PREFILLING: lines.prefilling, State.DECODING: lines.decoding}
+        if not any(here[state] for state in here.keys() & serves):
+            return True
+        running = lines.running() if self._first_is_stuck else []
+        return bool(running) and running[0].state not in serves
 
     def order_matters(self) -> bool:
         """Whether anything in the next step depends on who is next: somebody could start, catches up, or has to yield.
@@ -124,14 +145,16 @@ class Planner:
     def _serve_first(self, step: Step) -> None:
         self._first_is_stuck = False
         running = self._lines.running()
-        first = running[0] if running else self._lines.waiting.first
-        self._serve(first, max(1, step.token_budget - len(step.decoding)), False, step)
+        mine = [one for one in running if one.state in step.serves]
+        first = mine[0] if mine else None if running else self._lines.waiting.first
+        if first is not None:
+            self._serve(first, max(1, step.token_budget - len(step.decoding)), False, step)
 
     def _grant(self, share: Share, step: Step) -> int:
-        if share.requests is step.decoding and share.tokens >= len(step.decoding) and step.beat is None:
-            return (self._speculate(step) if self._drafting.on else 0) + self._beat(step)
         if not share.requests:
             return 0
+        if share.requests is step.decoding and share.tokens >= len(step.decoding) and step.beat is None:
+            return (self._speculate(step) if self._drafting.on else 0) + self._beat(step)
         if share.cohort and self._layers > 1:
             return self._go_together(share, step)
         left = share.tokens
@@ -260,6 +283,8 @@ class Planner:
         an empty replica takes the first whatever the policy says."""
         if step.preempted and progress is not step.favoured:
             return False
+        if step.beside and self._memory.cost(hits) + own > self._memory.pool.free:
+            return False  # somebody has ended, but not yet the step that writes its blocks
         return self._fits(progress, hits, own, ())
 
     def _fits(self, progress: Progress, hits: Sequence[Block], own: int, without: Sequence[Progress]) -> bool:
@@ -304,7 +329,7 @@ class Planner:
         first = self._lines.waiting.first
         hits, running = self._memory.match(first), self._lines.running()
         own = len(self._memory.on_host(first, len(hits) * self._block_tokens)) or 1
-        behind = [other for other in running if other.order > first.order]
+        behind = [other for other in running if other.order > first.order and not step.served(other)]
         victims: list[Progress] = []
         while not self._fits(first, hits, own, victims):
             chosen = self._policies.preemption(behind, first) if behind else None
@@ -316,7 +341,7 @@ class Planner:
         for victim in victims:
             step.preempted, step.favoured = True, first
             self._yield(victim, step, "a request that waits")
-        step.decoding = tuple(self._lines.decoding.members)
+        step.decoding = tuple(self._lines.decoding.members) if State.DECODING in step.serves else ()
 
     def _admit(self, progress: Progress, step: Step) -> None:
         """From here on the executor knows the request; its blocks so far all come from the cache."""
@@ -348,10 +373,10 @@ class Planner:
             step.drawing.append(progress)
             if not progress.output_tokens:
                 step.first.append(progress)
-            if progress.state is State.PREFILLING:
-                self._lines.move(progress, State.DECODING)
-            else:
+            if progress.state is State.DECODING:
                 self._lines.decoding.add(progress)
+            elif State.DECODING in step.serves:
+                self._lines.move(progress, State.DECODING)
         self._memory.name(progress, step.fresh)
         passed = None if last - first == self._layers else (first, last)
         drafts = step.drafted.get(progress, ()) if step.drafted else ()
@@ -420,6 +445,16 @@ class Planner:
             seconds += run.slope_s
             used_block_s += pool.used * seconds
         return used_block_s
+
+    def join(self, step: Step, beside: Iterable[Step]) -> list[Progress]:
+        """Those who caught up in a lane without a beat, now that it is over, are in the next beat of the lane that has
+        one. Returns those of them who have reached their length already."""
+        joining = [progress for progress in step.drawing if progress.state is State.PREFILLING]
+        for progress in joining:
+            self._lines.move(progress, State.DECODING)
+        for other in beside:
+            other.joined += [progress.id for progress in joining]
+        return [progress for progress in joining if progress.computed_tokens == progress.last_tokens]
 
     def again(self) -> None:
         """Plan the same beat once more."""

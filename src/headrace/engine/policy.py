@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from headrace.core.config import EngineSettings
 from headrace.core.events import Event
@@ -37,8 +37,9 @@ from headrace.engine.policies.joints import (
     Share,
     SpecController,
 )
+from headrace.engine.policies.lanes import LANES, Predict, SharePolicy
 from headrace.engine.policies.lookup import Lookup
-from headrace.engine.policies.ordering import AGEING_S, PRIORITY_LEVELS, fcfs, priority
+from headrace.engine.policies.ordering import AGEING_S, PRIORITY_LEVELS, fcfs, priority, shortest_prompt
 from headrace.engine.policies.preemption import MOST_PREEMPTIONS, last_arrived, lower_level, swap
 from headrace.engine.policies.switching import PriorityTrace, markov_priority, random_priority
 
@@ -48,6 +49,8 @@ __all__ = [
     "BATCHES",
     "CONTROLLERS",
     "DRAFTERS",
+    "LANES",
+    "LANE_STEP_TOKENS",
     "LEAST_STEP_TOKENS",
     "MOST_PREEMPTIONS",
     "ORACLE",
@@ -98,6 +101,7 @@ __all__ = [
     "prefill_first",
     "priority",
     "reserve_all",
+    "shortest_prompt",
     "slack",
     "splitfuse",
     "static",
@@ -105,6 +109,7 @@ __all__ = [
     "token_budget",
 ]
 
+LANE_STEP_TOKENS = 8192  # where nobody's next token waits for prompts
 LEAST_STEP_TOKENS = 128  # a device too slow for the target still shares each pass over the weights among so many
 
 P = TypeVar("P")
@@ -119,6 +124,7 @@ def _just(policy: P) -> Make[P]:
 ORDERINGS: Mapping[str, Make[Ordering]] = {
     "fcfs": _just(fcfs),
     "priority": _just(priority),
+    "shortest-prompt": _just(shortest_prompt),
     "vtc": TokenCounter,
     "drr": DeficitRoundRobin,
     "edd": _just(edd),
@@ -155,8 +161,8 @@ PREEMPTIONS: Mapping[str, Make[Preemption]] = {
 }
 ORACLE = "oracle"  # an admission for those who know the lengths of answers
 
-# Functions, or the types of objects.
-SETTLED: tuple[object, ...] = (fcfs, priority, edd)  # orderings whose keys never change: sorted once, on arrival
+# Functions, or the types of objects. The settled are orderings whose keys never change: sorted once, on arrival.
+SETTLED: tuple[object, ...] = (fcfs, priority, shortest_prompt, edd)
 PATIENT: tuple[object, ...] = (last_arrived,)  # preemptions that never name anybody for a request that waits
 
 # Who decide the same again while the same requests decode, nobody arrives and free blocks only become fewer: the
@@ -177,11 +183,12 @@ class Policies:
     preemption: Preemption
     drafter: Drafter | None = None  # None: nobody drafts
     controller: SpecController = no_drafts
+    shares: SharePolicy | None = None  # of two lanes; None: one lane
 
     def listeners(self) -> list[Callable[[Event], None]]:
         """The `observe` of those who have one; once of an object that is several of them."""
-        joints = (self.ordering, self.admission, self.batch, self.preemption, self.drafter, self.controller)
-        own = {id(one): one for one in joints if one is not None}
+        first: tuple[Any, ...] = (self.ordering, self.admission, self.batch, self.preemption)
+        own = {id(one): one for one in (*first, self.drafter, self.controller, self.shares)}
         return [one.observe for one in own.values() if hasattr(one, "observe")]
 
     def survey(self, requests: Sequence[RequestView], now: float) -> None:
@@ -211,9 +218,12 @@ def _among(policy: object, some: Sequence[object]) -> bool:
     return any(policy is one or type(policy) is one for one in some)
 
 
-def choose(settings: EngineSettings, lengths: Mapping[RequestId, int] | None = None) -> Policies:
+def choose(
+    settings: EngineSettings, lengths: Mapping[RequestId, int] | None = None, predict: Predict | None = None
+) -> Policies:
     """The policies that the settings name, for one scheduler; raises HeadraceError that lists the names there are.
-    `lengths` are the output tokens of live requests: a simulation knows them, and may compare with an oracle."""
+    `lengths` are the output tokens of live requests: a simulation knows them, and may compare with an oracle. `predict`
+    is for those that divide the device by what steps would take."""
     admissions = dict(ADMISSIONS)
     if lengths is not None:
         admissions[ORACLE] = _just(Oracle(lengths))
@@ -224,6 +234,7 @@ def choose(settings: EngineSettings, lengths: Mapping[RequestId, int] | None = N
         _named(PREEMPTIONS, settings.preemption, "preemption")(settings),
         _named(DRAFTERS, settings.speculate, "speculate")(settings),
         _named(CONTROLLERS, settings.draft_control, "draft_control")(settings),
+        _named(LANES, settings.lanes, "lanes")(settings, predict),
     )
 
 

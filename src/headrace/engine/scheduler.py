@@ -3,7 +3,8 @@ and `now` in, plans and outputs out. Owns every request from `add` to its one fi
 
 A request is two numbers, known and computed tokens, and computed catches up with known. Both move when a step is
 planned; `commit` only appends the values that were drawn. Memory is taken for the tokens of one step, from those behind
-in the ordering if need be: the first in the ordering can always go on, so everybody is first some day.
+in the ordering if need be: the first in the ordering can always go on, so everybody is first some day. With several
+lanes there is one step in flight in each, and a request that one computes is left alone by the others; see `lanes`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from headrace.core.config import EngineSettings
 from headrace.core.ports import Capacity, Observer
 from headrace.core.step import Run, Sampled, StepPlan, StepResult, Work
 from headrace.core.types import (
+    BlockKey,
     FinishReason,
     HeadraceError,
     InvalidRequest,
@@ -28,8 +30,9 @@ from headrace.core.types import (
 )
 from headrace.engine.beats import by_order
 from headrace.engine.draft import Drafting
+from headrace.engine.lanes import Flights
 from headrace.engine.memory import Memory
-from headrace.engine.planner import Planner, Step
+from headrace.engine.planner import EVERYBODY, Planner, Step
 from headrace.engine.policy import Policies, choose
 from headrace.engine.progress import Progress, State, check_servable
 from headrace.engine.queue import Bounds, Deadlines, Lines
@@ -86,7 +89,9 @@ class Scheduler:
         shared = (self._lines, self._memory, self._drafting, self._bounds, observer)
         self._planner = Planner(self._policies, settings.max_running, capacity.layers, *shared)
         self._arrivals = 0
-        self._flight: Step | None = None  # planned, and neither committed nor failed
+        if self._policies.shares is not None and capacity.host_blocks:
+            raise HeadraceError("two lanes and a host tier do not go together: take one lane, or no host memory for KV")
+        self._flights = Flights(self._policies.shares)  # planned, and neither committed nor failed
 
     # -- requests come and go ------------------------------------------------------------------------------------------
 
@@ -97,6 +102,10 @@ class Scheduler:
 
     def live_ids(self) -> list[RequestId]:
         return list(self._lines.live)
+
+    @property
+    def lanes(self) -> int:
+        return self._flights.lanes
 
     @property
     def running(self) -> int:
@@ -120,7 +129,7 @@ class Scheduler:
         """Take a request. Raises InvalidRequest if it can never be served, Overloaded if the queue is full."""
         try:
             check_servable(request, self.capacity)
-            if request.id in self._lines.live:
+            if request.id in self._lines.live or any(one.id == request.id for one in self._flights.leaving):
                 raise InvalidRequest(f"a request with the id {request.id!r} is already here; use another id", "id")
             self._bounds.check_room(request, self.waiting, self.waiting_tokens, now)
         except (InvalidRequest, Overloaded) as error:
@@ -153,26 +162,33 @@ class Scheduler:
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
-    def plan(self, now: float) -> StepPlan | None:
-        """What to do next; None if there is nothing. A plan without work only tells the executor whom to forget.
-        Every plan must be answered by `commit` or `fail` before the next one."""
-        if self._flight is not None:
+    def plan(self, now: float, lane: int = 0) -> StepPlan | None:
+        """What a lane does next; None if there is nothing. A plan without work only tells the executor whom to forget.
+        Every plan must be answered by `commit` or `fail` before the next one of its lane."""
+        flights = self._flights
+        if flights.of(lane) is not None:
             raise RuntimeError("commit or fail the step in flight before planning another")
         if not self._lines.live and not self._lines.released:
+            return None
+        serves = flights.serves(lane)
+        if flights.lanes > 1 and self._lines.live and self._planner.must_wait(serves):
             return None
         if not self._settled and self._planner.order_matters():
             self._policies.survey(tuple(self._lines.live.values()), now)
             self._lines.reorder(lambda progress: self._policies.ordering(progress, now))
-        step = Step(self.steps, now, self.token_budget, tuple(self._lines.decoding.members))
+        decoding = tuple(self._lines.decoding.members) if State.DECODING in serves else ()
+        step = Step(self.steps, now, self.token_budget, decoding)
+        if flights.lanes > 1:
+            step.lane, step.serves, step.beside = lane, serves, flights.beside(lane)
         if self._lines.live:
-            self._planner.fill(step, self.capacity.steps)
+            self._planner.fill(step, self.capacity.steps if flights.lanes == 1 else 1)
         return self._seal(step)
 
     def commit(self, result: StepResult, now: float) -> list[Output]:
-        """Append what the step drew. Raises BadResult, having changed nothing, if the result is not of this step or
+        """Append what a step drew. Raises BadResult, having changed nothing, if the result is of no step in flight or
         lacks a token; the step is then still in flight, for `fail`."""
-        step = self._flight
-        if step is None or step.number != result.step:
+        step = self._flights.steps.get(result.step)
+        if step is None:
             raise BadResult(f"the executor answered step {result.step}, which is not in flight")
         run = result.run or Run(1, now - step.now)
         if not 1 <= run.steps <= step.steps:
@@ -181,23 +197,26 @@ class Scheduler:
         kept = _kept(step, result) if step.drafted else {}
         drawn = _drawn([*members, *drawing], kept, result) if result.others_drew is None else None
         self._went_by(step, run, now, len(members))
-        self._flight = None
+        self._flights.end(step)
         self._lines.decoding.pace.token = result.others_drew
+        self._leave(step, [])
+        joined = self._planner.join(step, self._flights.steps.values()) if step.serves is not EVERYBODY else []
         outputs = self._prompt_logprobs(step, result) if result.prompt_logprobs else []
         if step.drafted:
             self._drafting.settle(step.drafted, kept)
         if drawing:
             self._drew(step, drawing, kept, now)
+        ended = self._lines.decoding.ended() if State.DECODING in step.serves else joined
         if drawn is None:
-            return outputs + self._end(self._stopped(step, result), now)
+            return outputs + self._end(self._stopped(step, result), ended, now)
         for progress, sampled in kept.items():
             progress.output_ids += sampled.token_ids[:-1]
-        return outputs + self._append([*members, *drawing], drawn, now)
+        return outputs + self._append([*members, *drawing], drawn, ended, now)
 
     def advance(self, run: Run) -> None:
         """The step in flight has been repeated like this, and the next repetition is in progress: what happens now
         happens in that one."""
-        step = self._flight
+        step = next(iter(self._flights.steps.values()), None)
         if step is None or run.steps >= step.steps:
             raise BadResult("the executor repeated a step that is not in flight, or too often")
         now = step.now + run.total_s
@@ -206,42 +225,52 @@ class Scheduler:
         step.now = now
         step.steps -= run.steps
 
-    def fail(self, now: float, error: str) -> list[Output]:
+    def fail(self, now: float, error: str, lane: int = 0) -> list[Output]:
         """The step in flight failed: its requests end with this error, and what it should have computed is forgotten.
-        The executor may know nobody any more, so those who were running beside the step start over from the cache."""
-        step = self._flight
+        The executor may know nobody any more but those in flight in other lanes, so all others who run start over from
+        the cache."""
+        step = self._flights.of(lane)
         if step is None:
             return []
         served = [*_without(step.members, step.left), *(progress for progress, _ in self._served(step))]
         outputs = [self._finish(progress, FinishReason.ERROR, now, error) for progress in served]
+        self._flights.end(step)
+        self._leave(step, step.fresh)
         self._memory.fail(step.fresh)
-        self._flight = None
         for progress in self._lines.running():
-            if progress.served_step == step.number:  # what it was to go on with was being copied
-                progress.computed_tokens = 0
-            self._planner.preempt(progress, now, "a step failed")
+            if self._flights.holder(progress) is None:
+                if progress.served_step == step.number:  # what it was to go on with was being copied
+                    progress.computed_tokens = 0
+                self._planner.preempt(progress, now, "a step failed")
         return outputs
 
     def check(self) -> None:
         """Assert every invariant of the scheduler and of what it owns."""
         lines = self._lines
         lines.check()
-        self._memory.check(lines.live.values())
+        flights = self._flights.steps.values()
+        self._memory.check([*lines.live.values(), *self._flights.leaving])
+        assert len({step.lane for step in flights}) == len(flights) <= self.lanes, "a lane has two steps in flight"
+        drawing = {progress for step in flights for progress in step.drawing}
         for progress in lines.live.values():
-            assert progress.computed_tokens < progress.known_tokens <= progress.limit_tokens
+            assert progress.computed_tokens < progress.known_tokens + (progress in drawing)
+            assert progress.known_tokens <= progress.limit_tokens
             assert progress.computed_tokens + progress.pending_tokens <= progress.known_tokens
             assert (0 < progress.passed_layers < self.capacity.layers) == (progress.pending_tokens > 0)
             assert not progress.pending_tokens or progress.state is State.PREFILLING
-            assert self._flight or len(progress.output_ids) <= progress.known_tokens - progress.prompt_tokens
+            assert flights or len(progress.output_ids) <= progress.known_tokens - progress.prompt_tokens
             assert not (progress.state is State.WAITING and progress.blocks), "a waiting request holds blocks"
 
     def _seal(self, step: Step) -> StepPlan | None:
         released, self._lines.released = tuple(self._lines.released), []
         copies = self._memory.copies()
-        if step.empty and not released and not copies:
+        if step.empty and not copies and (self._lines.live or not released):
+            self._lines.released += released
+            if self.lanes > 1:
+                self._observe(events.Idle(step.now, step.lane))
             return None
         self.steps += 1
-        self._flight = step
+        lanes = self._flights.begin(step, self.used_blocks, self.capacity.blocks)
         rows, total = len(step.members) + len(step.others), self.capacity.blocks
         numbers = (rows, step.tokens, self.running, self.waiting, self.used_blocks, total)
         self._observe(events.Planned(step.now, step.number, *numbers))
@@ -251,6 +280,8 @@ class Scheduler:
             tuple(step.admitted),
             released,
             copies,
+            lanes,
+            step.lane,
             beat=step.beat,
             steps=step.steps,
             until_s=math.inf if (due := self.next_deadline()) is None else due,
@@ -279,7 +310,7 @@ class Scheduler:
         used_block_s = self._planner.repeat(run)
         self._observe(events.StepDone(now, step.number, run.total_s, step.tokens, run, self.used_blocks, used_block_s))
         if step.beat is not None:
-            self._observe(events.Decoded(now, step.beat.rows, step.beat.paused, drew, run))
+            self._observe(events.Decoded(now, step.beat.rows, (*step.beat.paused, *step.joined), drew, run))
 
     def _drew(self, step: Step, drawing: Sequence[Progress], kept: _Kept, now: float) -> None:
         first = _without(step.first, step.left)
@@ -293,7 +324,7 @@ class Scheduler:
             accepted = tuple(len(sampled.token_ids) - 1 for sampled in kept.values())
             self._observe(events.Verified(now, tuple(progress.id for progress in kept), drafted, accepted))
 
-    def _append(self, drawing: Sequence[Progress], drawn: _Drawn, now: float) -> list[Output]:
+    def _append(self, drawing: Sequence[Progress], drawn: _Drawn, ended: list[Progress], now: float) -> list[Output]:
         """Append the drawn tokens to their requests, and end those that are through."""
         token_ids, tokens, logprobs = drawn
         ids = [progress.id for progress in drawing]
@@ -304,7 +335,7 @@ class Scheduler:
             progress.output_ids.append(token)
             if token in progress.stop_token_ids:
                 stopped.append(progress)
-        for end in self._end(stopped, now):
+        for end in self._end(stopped, ended, now):
             at = ids.index(end.request_id)
             outputs[at] = outputs[at]._replace(finish=end.finish, usage=end.usage)
         return outputs
@@ -318,9 +349,8 @@ class Scheduler:
                 stopped.append(progress)
         return stopped
 
-    def _end(self, stopped: list[Progress], now: float) -> list[Output]:
+    def _end(self, stopped: list[Progress], ended: list[Progress], now: float) -> list[Output]:
         """End those who stopped and those who reached their length, in order."""
-        ended = self._lines.decoding.ended()
         if not (stopped or ended):
             return []
         reasons = dict.fromkeys(ended, FinishReason.LENGTH)
@@ -329,16 +359,28 @@ class Scheduler:
 
     def _finish(self, progress: Progress, reason: FinishReason, now: float, error: str | None = None) -> Output:
         """The one end of a request: its blocks go back, and the executor is told to forget it if it knew it."""
-        flight = self._flight
+        holder, counted = self._flights.holder(progress), progress.pace is not None
         self._lines.move(progress, State.FINISHED)
-        self._memory.release(progress, flight.fresh if flight else [])
-        if flight:
-            flight.left.append(progress)
-            progress.output_tokens -= flight.draws(progress)
+        for step in self._flights.steps.values():
+            step.left.append(progress)
+            progress.output_tokens -= counted and step.draws(progress)
+        if holder is not None:
+            self._lines.released.pop()
+            holder.leaving.append(progress)
+        elif self.lanes > 1:
+            self._memory.release(progress, [])
+        else:
+            self._memory.release(progress, next((step.fresh for step in self._flights.steps.values()), []))
         request, usage = progress.request, progress.usage()
         times = (request.arrival_s, progress.first_admitted_s, progress.first_token_s)
         self._observe(events.Finished(now, progress.id, reason, usage, *times, request.max_new_tokens))
         return Output(progress.id, finish=reason, usage=usage, error=error)
+
+    def _leave(self, step: Step, fresh: list[BlockKey]) -> None:
+        """It is over: who ended meanwhile needs its blocks no more."""
+        for progress in step.leaving:
+            self._lines.released.append(progress.id)
+            self._memory.release(progress, fresh)
 
 
 def _without(some: Sequence[Progress], left: Sequence[Progress]) -> Sequence[Progress]:

@@ -18,7 +18,9 @@ from headrace.core import clock
 from headrace.core.ports import Capacity
 from headrace.core.step import Run, Sampled, StepPlan, StepResult
 from headrace.core.types import RequestId
+from headrace.sim.beside import Beside
 from headrace.sim.cost.batch import Batch, CostModel, StepCost, batch_of_plan, cut_of_plan, estimate_cut
+from headrace.sim.cost.divided import Divided, Price, price_of
 from headrace.sim.spent import Spent
 from headrace.workload.arrival import ANSWER_TOKEN, STOP_TOKEN
 
@@ -55,6 +57,7 @@ class SimulatedExecutor:
         self._lengths = lengths
         self._windows = windows
         self._spent = spent
+        self._beside = Beside(Divided(cost), spent)  # for plans of several lanes
         self._batch = Batch()  # of the plan under way
         self._price_of_one: StepCost | None = None  # and its price, unless it is a line
         self._answers: dict[RequestId, _Answer] = {}
@@ -73,6 +76,8 @@ class SimulatedExecutor:
 
     async def run(self, plan: StepPlan) -> StepResult:
         self._begun_s = clock.virtual_now()
+        if len(plan.lanes) > 1:
+            return await self._run_beside(plan)
         try:
             self._update(plan)
             self._run = self._price(plan)
@@ -88,6 +93,27 @@ class SimulatedExecutor:
         if self._spent is not None:
             self._account(self._spent, 1 if plan.beat is None else self._beats - plan.beat.number)
         return StepResult(plan.step, self._draw(plan), others_drew=ANSWER_TOKEN, run=self._run)
+
+    async def _run_beside(self, plan: StepPlan) -> StepResult:
+        """`run` where other lanes have steps under way. Who comes to draw meanwhile is in the beat after this one."""
+        begun_s = self._begun_s
+        try:
+            self._update(plan)
+            if plan.beat is not None:
+                self._beats = plan.beat.number + 1
+            if plan.others or plan.beat is not None:
+                await self._beside.run(self._price_by(plan), plan.lanes[plan.lane].share)
+        except Exception as error:
+            self.error = error
+            raise
+        drew = self._draw(plan)
+        return StepResult(plan.step, drew, others_drew=ANSWER_TOKEN, run=Run(1, clock.virtual_now() - begun_s))
+
+    def _price_by(self, plan: StepPlan) -> Price:
+        if any(work.layers is not None for work in plan.others):
+            cut = cut_of_plan(plan, self._capacity.layers, self._windows)
+            return lambda model: estimate_cut(model, cut)
+        return price_of(batch_of_plan(plan, self._windows))
 
     def interrupt(self) -> Run | None:
         """See `core.ports.Executor`. What ends at this very moment is still in progress."""
@@ -177,7 +203,8 @@ class SimulatedExecutor:
     def _draw(self, plan: StepPlan) -> dict[RequestId, Sampled]:
         """Who draws a stop token. `_beats` counts those of this plan too."""
         stopped = {work.request_id: _STOP for work in plan.others if work.sample and self._draws_alone(work.request_id)}
-        while self._ends and self._ends[0][0] < self._beats:
+        ending = plan.beat is not None or len(plan.lanes) == 1  # a beat that is under way in another lane is not over
+        while ending and self._ends and self._ends[0][0] < self._beats:
             end = heappop(self._ends)
             if self._holds(end):
                 stopped[end[2].request_id] = _STOP

@@ -1,5 +1,6 @@
 """Recordings of one replica's life as JSON lines: arrivals, aborts, plans with their digests, and what each step drew,
-in the order in which the scheduler learned of them. `Recorder` writes one beside a live engine; `read` is bounded.
+in the order in which the scheduler learned of them: of several lanes, each plan stands where it was made and each end
+where it was told. `Recorder` writes one beside a live engine; `read` is bounded.
 
 A recording is for checking decisions, not for publishing: it holds token ids, because the names of generated blocks
 are hashes of them. Traces that may leave the house hold lengths and salted block keys only; see `headrace.workload`.
@@ -15,7 +16,7 @@ import msgspec
 
 from headrace.core.clock import now
 from headrace.core.config import EngineSettings
-from headrace.core.events import Arrived, Event, Finished, Planned, StepDone
+from headrace.core.events import Arrived, Event, Finished, Idle, Planned, StepDone
 from headrace.core.ports import Capacity, Executor, Observer
 from headrace.core.step import Run, StepPlan, StepResult
 from headrace.core.types import Blank, FinishReason, HeadraceError, Request, RequestId, Sampling, Segment, Tokens
@@ -38,6 +39,7 @@ class Head(msgspec.Struct, frozen=True, tag="head", forbid_unknown_fields=True):
     settings: EngineSettings
     capacity: Capacity
     token_budget: int
+    step_s: tuple[float, float] | None = None  # what a step takes, and a token of it, where the policies predict
 
 
 class Arrive(msgspec.Struct, frozen=True, tag="arrive", forbid_unknown_fields=True):
@@ -73,6 +75,8 @@ class Arrive(msgspec.Struct, frozen=True, tag="arrive", forbid_unknown_fields=Tr
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", forbid_unknown_fields=True):
+    """Somebody ended it; with several lanes, or its deadline."""
+
     at_s: float
     id: RequestId
 
@@ -84,6 +88,14 @@ class Plan(msgspec.Struct, frozen=True, tag="plan", forbid_unknown_fields=True):
     step: int
     digest: str
     content: Content | None = None
+    lane: int = 0
+
+
+class Rested(msgspec.Struct, frozen=True, tag="rested", forbid_unknown_fields=True):
+    """A lane was to plan, and found nothing to do beside the others."""
+
+    at_s: float
+    lane: int
 
 
 class Done(msgspec.Struct, frozen=True, tag="done", forbid_unknown_fields=True):
@@ -100,17 +112,20 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", forbid_unknown_fields=Tr
     error: str
 
 
-Entry = Head | Arrive | Abort | Plan | Done | Failed
+Entry = Head | Arrive | Abort | Plan | Rested | Done | Failed
 
 
 def describe(plan: StepPlan) -> Content:
     """Everything a plan says, as lists: one per row, per admission and per released request."""
-    return {
+    content: Content = {
         "work": [list(work) for work in plan.work],
         "admitted": [[one.request.id, one.output_ids, one.blocks, one.start] for one in plan.admitted],
         "released": [[request_id] for request_id in plan.released],
         "copies": [[copy.source_tier, copy.target_tier, copy.pairs] for copy in plan.copies],
     }
+    if len(plan.lanes) > 1:
+        content["lanes"] = [[lane.share, at == plan.lane] for at, lane in enumerate(plan.lanes)]
+    return content
 
 
 def digest(content: Content) -> str:
@@ -152,6 +167,7 @@ class Recorder:
         settings: EngineSettings,
         token_budget: int,
         contents: bool = True,
+        step_s: tuple[float, float] | None = None,
     ) -> None:
         self._executor = executor
         self._observer = observer
@@ -160,7 +176,8 @@ class Recorder:
         self._planned_s = 0.0
         self._drawn: dict[RequestId, tuple[int, ...]] = {}  # by the last step
         self._stops: dict[RequestId, frozenset[int]] = {}  # of the live requests
-        self._put(Head(FORMAT, settings, executor.capacity, token_budget))
+        self._several = settings.lanes != "one"
+        self._put(Head(FORMAT, settings, executor.capacity, token_budget, step_s))
 
     @property
     def capacity(self) -> Capacity:
@@ -168,7 +185,7 @@ class Recorder:
 
     async def run(self, plan: StepPlan) -> StepResult:
         content = describe(plan)
-        self._put(Plan(self._planned_s, plan.step, digest(content), content if self._contents else None))
+        self._put(Plan(self._planned_s, plan.step, digest(content), content if self._contents else None, plan.lane))
         try:
             result = await self._executor.run(plan)
         except Exception as error:
@@ -187,6 +204,8 @@ class Recorder:
         match event:
             case Planned():
                 self._planned_s = event.at_s
+            case Idle():
+                self._put(Rested(event.at_s, event.lane))
             case StepDone():
                 self._put(Done(event.at_s, event.step, self._drawn))
             case Arrived() if event.request is not None:
@@ -203,7 +222,7 @@ class Recorder:
         stops = self._stops.pop(event.request_id, frozenset())
         if event.reason is FinishReason.STOP:
             return stops.isdisjoint(self._drawn.get(event.request_id, ()))
-        return event.reason is FinishReason.ABORT
+        return event.reason is FinishReason.ABORT or (self._several and event.reason is FinishReason.DEADLINE)
 
     def _put(self, entry: Entry) -> None:
         self._write(msgspec.json.encode(entry) + b"\n")

@@ -11,7 +11,7 @@ two steps it lets virtual time pass as the live host let it, so that every call 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -21,6 +21,8 @@ from headrace.core.events import Event
 from headrace.core.ports import Capacity
 from headrace.core.step import Sampled, StepPlan, StepResult
 from headrace.engine.loop import Engine
+from headrace.engine.policies.lanes import Measured, Predict
+from headrace.engine.policy import choose
 from headrace.engine.scheduler import Scheduler
 from headrace.sim.recording import (
     Abort,
@@ -32,15 +34,17 @@ from headrace.sim.recording import (
     Failed,
     Head,
     Plan,
+    Rested,
     describe,
     digest,
 )
 
 _ROWS = {  # of what the parts of a plan consist
-    "work": ("row", "request, start, tokens, sample, new blocks, replaced blocks, layers, lane, drafts"),
+    "work": ("row", "request, start, tokens, sample, new blocks, replaced blocks, layers, drafts"),
     "admitted": ("admission", "request, output, blocks, start"),
     "released": ("release", "request"),
     "copies": ("copy", "from, to, blocks"),
+    "lanes": ("lane", "share, whether the step is its own"),
 }
 
 
@@ -58,6 +62,8 @@ def check(entries: Iterable[Entry]) -> Replayed:
     head = next(script, None)
     if not isinstance(head, Head):
         raise BadRecording("the recording does not begin with its head; record it again")
+    if head.settings.lanes != "one":
+        return _Direct(head).play(script)
     return clock.run(_play(head, script), virtual=True)
 
 
@@ -75,6 +81,62 @@ async def _play(head: Head, script: Iterator[Entry]) -> Replayed:
     if player.error is not None:
         raise player.error
     return Replayed(tuple(player.digests), player.difference)
+
+
+class _Direct:
+    """Lanes plan as others end and as requests come, which no loop in another time would do in just this order: the
+    scheduler is told, call by call, what it was told then. Deadlines are among what it was told."""
+
+    def __init__(self, head: Head) -> None:
+        predict: Predict | None = Measured(*head.step_s) if head.step_s else None
+        policies = choose(head.settings, predict=predict)
+        budget = head.token_budget
+        self._scheduler = Scheduler(
+            head.settings, head.capacity, token_budget=budget, observer=_Deaf(), policies=policies
+        )
+        self._lane: dict[int, int] = {}  # of each step
+        self._digests: list[str] = []
+
+    def play(self, script: Iterator[Entry]) -> Replayed:
+        difference = next(filter(None, map(self._tell, script)), None)
+        return Replayed(tuple(self._digests), difference)
+
+    def _tell(self, entry: Entry) -> str | None:
+        """Returns what is different."""
+        scheduler = self._scheduler
+        match entry:
+            case Arrive():
+                scheduler.add(entry.request(), entry.at_s)
+            case Abort():
+                scheduler.abort(entry.id, entry.at_s)
+            case Done():
+                drawn = {request_id: Sampled(tokens) for request_id, tokens in entry.drawn.items()}
+                return self._answered(entry.step, lambda: scheduler.commit(StepResult(entry.step, drawn), entry.at_s))
+            case Failed():
+                lane = self._lane.get(entry.step, 0)
+                return self._answered(entry.step, lambda: scheduler.fail(entry.at_s, entry.error, lane))
+            case Plan() | Rested():
+                return self._planned(entry)
+        return None
+
+    def _answered(self, step: int, tell: Callable[[], object]) -> str | None:
+        if step not in self._lane:
+            raise BadRecording(f"step {step} of the recording ends before it begins; record it again")
+        tell()
+        return None
+
+    def _planned(self, entry: Plan | Rested) -> str | None:
+        plan = self._scheduler.plan(entry.at_s, entry.lane)
+        if plan is None:
+            return None if isinstance(entry, Rested) else f"the replay finds nothing to do for step {entry.step}"
+        content = describe(plan)
+        if isinstance(entry, Rested):
+            return f"the replay plans step {plan.step} where lane {entry.lane} rested"
+        if (entry.step, entry.digest) != (plan.step, digest(content)):
+            return explain(entry, plan.step, content)
+        self._lane[plan.step] = entry.lane
+        self._digests.append(entry.digest)
+        return None
 
 
 class _Deaf:
@@ -190,7 +252,7 @@ def explain(expected: Plan, step: int, content: Content) -> str:
         return f"step {step} differs; the recording holds no contents to compare"
     here = msgspec.json.decode(msgspec.json.encode(content), type=Content)
     for part, (word, columns) in _ROWS.items():
-        recorded, replayed = expected.content.get(part, []), here[part]
+        recorded, replayed = expected.content.get(part, []), here.get(part, [])
         for at in range(max(len(recorded), len(replayed))):
             rows = [str(rows[at]) if at < len(rows) else "nothing" for rows in (recorded, replayed)]
             if rows[0] != rows[1]:

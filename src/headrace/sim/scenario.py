@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from headrace.sim.calibration import load
 from headrace.sim.cost.analytic import Analytic
 from headrace.sim.cost.batch import CostModel, batch_of, windows_of
 from headrace.sim.cost.conventions import CONVENTIONS, Convention
+from headrace.sim.cost.divided import Divided
 from headrace.sim.cost.placement import BadPlacement, Formats, Parallel, Placement
 from headrace.sim.executor import MOST_STEPS
 from headrace.sim.hardware import Topology, device, link
@@ -181,6 +183,7 @@ def _catalogued(scenario: Scenario) -> Site:
         token_budget=step_tokens(engine, cost, windows_of(shape)),
         replicas=settings.replicas,
         windows=windows_of(shape),
+        policies=partial(policy.choose, predict=Divided(cost).predict),
         slo=parse_slo(scenario.traffic[0].slo),
     )
 
@@ -200,6 +203,7 @@ def _calibrated(scenario: Scenario, path: Path) -> Site:
         cost,
         token_budget=budget or step_tokens(engine, cost, ()),
         replicas=scenario.simulate.replicas,
+        policies=partial(policy.choose, predict=Divided(cost).predict),
         slo=parse_slo(scenario.traffic[0].slo),
     )
 
@@ -208,6 +212,8 @@ def step_tokens(engine: EngineSettings, cost: CostModel, windows: tuple[int, ...
     """Tokens a step may compute: as asked, or what the price of a step allows within the inter-token target."""
     if engine.token_budget is not None:
         return engine.token_budget
+    if engine.lanes != "one":
+        return policy.LANE_STEP_TOKENS
     few, many = (cost.estimate(batch_of([(0, tokens)], 1, windows)).seconds for tokens in (2, 2048))
     per_token_s = (many - few) / 2046
     target_s = engine.inter_token_ms / 1000

@@ -24,8 +24,8 @@ class Spent:
     network_bytes: float = 0.0
     extrapolated_s: float = 0.0  # priced outside of what the cost model was fitted on
 
-    def add(self, cost: StepCost, steps: int = 1) -> None:
-        """So many steps of this price."""
+    def add(self, cost: StepCost, steps: float = 1) -> None:
+        """So many steps of this price, or such a part of one."""
         self.compute_s += steps * cost.compute_s
         self.memory_s += steps * cost.memory_s
         self.network_s += steps * cost.network_s

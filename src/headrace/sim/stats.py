@@ -18,6 +18,7 @@ from headrace.core.events import (
     Drew,
     Event,
     Finished,
+    Idle,
     Planned,
     Preempted,
     Rejected,
@@ -116,6 +117,7 @@ class Stats:
         self._fold: Mapping[type, Callable[[Any], None]] = {
             StepDone: self._step,
             Planned: self._plan,
+            Idle: lambda event: None,
             Decoded: self._decode,
             Drew: self._draw,
             Finished: self._finish,

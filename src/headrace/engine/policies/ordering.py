@@ -7,6 +7,7 @@ from __future__ import annotations
 from headrace.engine.policies.joints import RequestView
 
 AGEING_S = 10.0  # how much earlier one level of priority makes a request look
+AGEING_TOKENS_PER_S = 1000.0  # how much shorter a prompt looks for each second that it waits
 PRIORITY_LEVELS = 100  # priorities beyond plus or minus this count as this
 
 
@@ -31,3 +32,12 @@ def priority(request: RequestView, now: float) -> float:
     most 2 * PRIORITY_LEVELS * AGEING_S seconds of later arrivals ever overtake a request.
     """
     return request.request.arrival_s - level(request) * AGEING_S
+
+
+def shortest_prompt(request: RequestView, now: float) -> float:
+    """The shortest prompt first, with ageing (Nexus's queue, arXiv:2507.06608): prompt - waited * AGEING_TOKENS_PER_S,
+    where the clock cancels out as in `priority`, so the order is fixed at arrival. The rate is chosen here.
+
+    The bound: nobody overtakes who arrives more than prompt tokens / AGEING_TOKENS_PER_S seconds later.
+    """
+    return request.request.arrival_s + request.prompt_tokens / AGEING_TOKENS_PER_S

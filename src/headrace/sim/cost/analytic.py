@@ -55,6 +55,7 @@ class Analytic:
     ) -> None:
         self.placement = placement
         self.convention = convention if overlap is None else replace(convention, overlap=overlap)
+        self.host_s = host_s
         device, parallel = placement.device, placement.parallel
         self._machine = Machine(
             device.memory_bytes_per_s * convention.memory_share,
@@ -78,6 +79,11 @@ class Analytic:
         self._dynamic_w = ((device.max_w or 0.0) - device.static_w) * parallel.tensor
         self._remembered: dict[tuple[float, bool], _Part] = {}
         self._heads: dict[float, _Part] = {}
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What the memory of one device gives."""
+        return self._machine.bytes_per_s
 
     # ---------------------------------------------------------------------------------------------- the hot path
 
