@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 import headrace
-from headrace.cli import bench, calibrate, chat, models, pull, replay, reproduce, serve, simulate, tune
+from headrace.cli import bench, calibrate, chat, models, plan, pull, replay, reproduce, serve, simulate, tune
 from headrace.core.types import HeadraceError
 
-COMMANDS = (serve, chat, bench, simulate, tune, calibrate, replay, reproduce, pull, models)
+COMMANDS = (serve, chat, bench, simulate, plan, tune, calibrate, replay, reproduce, pull, models)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,26 @@
+"""`headrace plan`: what do I need for this model and this traffic, and what does it cost? Answered by the simulator.
+
+The question is the first word; a model's name alone asks `search`.
+
+Examples:
+  headrace plan fit llama-3.1-70b --device 4xH100-SXM --show-work
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headrace.cli.plan import fit
+
+QUESTIONS = (fit,)
+
+
+def add(commands: Any) -> None:
+    from headrace.cli import Formatter
+
+    parser = commands.add_parser(
+        "plan", help="what you need, and what it costs", description=__doc__, formatter_class=Formatter
+    )
+    questions = parser.add_subparsers(dest="question", required=True, metavar="QUESTION")
+    for question in QUESTIONS:
+        question.add(questions)
