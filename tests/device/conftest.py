@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import transformers
-from rig import Model
+from rig import Executors, Given, Model, NativeModel
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from headrace.core.shape import FP32, KV_BF16, KV_FP32, KV_INT8, Q4, Q8
 from headrace.device.checkpoint import Checkpoint, open_checkpoint
+from headrace.device.native import library
 
 TINY = {
     "model_type": "llama",
@@ -47,10 +50,16 @@ MIXTURE = TINY | {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny() -> Model:
+KINDS = ("torch", "native fp32", "native q8, int8 KV", "native q4, bf16 KV")  # what computes the layers
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def tiny(request: pytest.FixtureRequest) -> Executors:
     """Three layers of random weights, large enough that greedy continuations do not settle into one token."""
-    return Model(TINY, random_weights(3))
+    if request.param == "torch":
+        return Model(TINY, random_weights(3))
+    weights, kv = {"fp32": (FP32, KV_FP32), "q8,": (Q8, KV_INT8), "q4,": (Q4, KV_BF16)}[request.param.split()[1]]
+    return NativeModel(TINY, Given(random_weights(3)), weights, kv)
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +91,16 @@ def _random(name: str, generator: torch.Generator) -> torch.Tensor:
             return torch.randn(*shape, generator=generator) * scale
     of_heads = "q_norm" in name or "k_norm" in name
     return 1 + 0.1 * torch.randn(width if of_heads else hidden, generator=generator)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def native_kernels() -> None:
+    """In a checkout that was not installed the library is missing: build it, so that the tests below can run."""
+    if library.library() is None:
+        root = Path(__file__).parents[2]
+        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=root, check=True)
+        library.library.cache_clear()
+    assert library.library() is not None, "the native kernels do not build here"
 
 
 @pytest.fixture(scope="session")

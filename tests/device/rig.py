@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -11,16 +12,26 @@ from headrace.core.config import EngineSettings
 from headrace.core.events import Event, Preempted, Verified
 from headrace.core.keys import block_keys
 from headrace.core.ports import Capacity
+from headrace.core.shape import FP32, KV_FP32, KVFormat, WeightFormat
 from headrace.core.types import Output, Request, Sampling, TokenLogprob, Tokens
+from headrace.device.checkpoint import Tensors
 from headrace.device.executor import ModelExecutor
 from headrace.device.forward import TorchForward
 from headrace.device.kvstore import KVStore
 from headrace.device.linear import Linears
 from headrace.device.llama import Llama, LlamaConfig
+from headrace.device.native.forward import NativeForward, kv_store
+from headrace.device.native.weights import Packer, pack
 from headrace.engine.scheduler import Scheduler
 
 BLOCK_TOKENS = 16
 CPU = torch.device("cpu")
+
+
+class Executors(Protocol):
+    """A model that executors are made of."""
+
+    def executor(self, blocks: int) -> ModelExecutor: ...
 
 
 class Model:
@@ -40,6 +51,47 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Given:
+    """Tensors by name that are in memory, as a checkpoint has them in a file."""
+
+    tensor: Callable[[str], torch.Tensor]
+    file_bytes: int = 0
+
+    def names(self) -> tuple[str, ...]:
+        return ()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensor(name).shape)
+
+
+class NativeModel:
+    """The same in native kernels: `weights` None keeps what the tensors are."""
+
+    def __init__(
+        self,
+        config: Mapping[str, object],
+        tensors: Tensors,
+        weights: WeightFormat | None = FP32,
+        kv: KVFormat = KV_FP32,
+        variant: str | None = None,
+        threads: int = 2,
+    ) -> None:
+        self.config = LlamaConfig.from_hf(config)
+        self.kv, self.variant, self.threads = kv, variant, threads
+        self.packer = Packer(tensors, weights, threads)
+        self.packed = pack(self.config, self.packer)
+
+    def forward(self, blocks: int, block_tokens: int = BLOCK_TOKENS) -> NativeForward:
+        store = kv_store(self.config.shape, blocks, block_tokens, self.kv)
+        return NativeForward(self.config, self.packed, self.packer, store, self.kv, self.threads, variant=self.variant)
+
+    def executor(self, blocks: int) -> ModelExecutor:
+        shape = self.config.shape
+        capacity = Capacity(blocks, BLOCK_TOKENS, shape.max_context_tokens, shape.vocab, layers=shape.layers)
+        return ModelExecutor(self.forward(blocks), capacity)
+
+
+@dataclass(frozen=True)
 class Generated:
     """One finished request, exact to the bit: the log-probabilities are floats of the model's own logits."""
 
@@ -52,7 +104,7 @@ class Generated:
 class Rig:
     """One scheduler and one executor. `now` counts steps."""
 
-    model: Model
+    model: Executors
     blocks: int = 4096
     budget: int = 2048
     settings: EngineSettings = field(default_factory=EngineSettings)

@@ -10,7 +10,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from rig import Generated, Model, Rig, request
+from rig import Executors, Generated, Model, Rig, request
 
 from headrace.core.config import EngineSettings
 from headrace.core.step import Admitted, StepPlan, Work
@@ -40,17 +40,17 @@ def requests(count: int = 32, shared: int = 0, vocab: int = 500, longest: int = 
     ]
 
 
-def alone(model: Model, batch: list[Request]) -> dict[str, Generated]:
+def alone(model: Executors, batch: list[Request]) -> dict[str, Generated]:
     return {one.id: Rig(model, settings=NO_CACHE).run([one])[one.id] for one in batch}
 
 
 @pytest.fixture(scope="module")
-def plain(tiny: Model) -> dict[str, Generated]:
+def plain(tiny: Executors) -> dict[str, Generated]:
     return alone(tiny, requests())
 
 
 @pytest.fixture(scope="module")
-def sharing(tiny: Model) -> dict[str, Generated]:
+def sharing(tiny: Executors) -> dict[str, Generated]:
     return alone(tiny, requests(shared=150))
 
 
@@ -60,12 +60,12 @@ def experts(mixture: Model) -> dict[str, Generated]:
 
 
 @pytest.mark.parametrize("budget", [16, 64, 512])
-def test_batch_of_32_in_chunks(tiny: Model, plain: dict[str, Generated], budget: int) -> None:
+def test_batch_of_32_in_chunks(tiny: Executors, plain: dict[str, Generated], budget: int) -> None:
     assert Rig(tiny, budget=budget, settings=NO_CACHE).run(requests()) == plain
 
 
 @pytest.mark.parametrize("budget", [16, 64, 512])
-def test_prefix_hits(tiny: Model, sharing: dict[str, Generated], budget: int) -> None:
+def test_prefix_hits(tiny: Executors, sharing: dict[str, Generated], budget: int) -> None:
     rig = Rig(tiny, budget=budget)
     batch = requests(shared=150)
     assert rig.run(batch) == sharing  # hits within the batch
@@ -73,13 +73,13 @@ def test_prefix_hits(tiny: Model, sharing: dict[str, Generated], budget: int) ->
 
 
 @pytest.mark.parametrize("blocks", [40, 64])
-def test_preemption(tiny: Model, sharing: dict[str, Generated], blocks: int) -> None:
+def test_preemption(tiny: Executors, sharing: dict[str, Generated], blocks: int) -> None:
     rig = Rig(tiny, blocks=blocks, budget=256)
     assert rig.run(requests(shared=150)) == sharing
     assert rig.preemptions > 0
 
 
-def test_aborts_of_others(tiny: Model, sharing: dict[str, Generated]) -> None:
+def test_aborts_of_others(tiny: Executors, sharing: dict[str, Generated]) -> None:
     rig = Rig(tiny, budget=128, blocks=64)
     gone = [f"r{number}" for number in range(0, 32, 3)]
 
@@ -99,14 +99,14 @@ LAYERED_ALONE = replace(LAYERED, prefix_cache=False)
 
 
 @pytest.mark.parametrize("budget", [16, 64, 200])
-def test_through_a_few_layers_at_a_time(tiny: Model, plain: dict[str, Generated], budget: int) -> None:
+def test_through_a_few_layers_at_a_time(tiny: Executors, plain: dict[str, Generated], budget: int) -> None:
     rig = Rig(tiny, budget=budget, settings=LAYERED_ALONE)
     assert rig.run(requests()) == plain
     assert rig.cut > 20
 
 
 @pytest.mark.parametrize("blocks", [40, 4096])
-def test_layers_beside_prefix_hits_and_preemption(tiny: Model, sharing: dict[str, Generated], blocks: int) -> None:
+def test_layers_beside_prefix_hits_and_preemption(tiny: Executors, sharing: dict[str, Generated], blocks: int) -> None:
     rig = Rig(tiny, blocks=blocks, budget=48, settings=LAYERED)
     assert rig.run(requests(shared=150)) == sharing
     assert rig.run(requests(shared=150)) == sharing
@@ -114,7 +114,7 @@ def test_layers_beside_prefix_hits_and_preemption(tiny: Model, sharing: dict[str
     assert (rig.preemptions > 0) == (blocks == 40)
 
 
-def test_those_who_leave_between_layers_leave_no_trace(tiny: Model, sharing: dict[str, Generated]) -> None:
+def test_those_who_leave_between_layers_leave_no_trace(tiny: Executors, sharing: dict[str, Generated]) -> None:
     rig = Rig(tiny, budget=40, blocks=64, settings=LAYERED)
     gone = [f"r{number}" for number in range(0, 32, 3)]
 
@@ -139,7 +139,7 @@ def test_a_mixture_of_experts(mixture: Model, experts: dict[str, Generated], set
     assert (rig.cut > 10) == (settings.batch == "layered")
 
 
-def test_nobody_goes_on_where_it_has_not_come(tiny: Model) -> None:
+def test_nobody_goes_on_where_it_has_not_come(tiny: Executors) -> None:
     executor, one = tiny.executor(8), request("a", range(20), 1, Sampling(temperature=0))
     admitted = Admitted(one, (), (0, 1), 0)
     with pytest.raises(RuntimeError, match="did not come there"):
@@ -151,7 +151,7 @@ def test_nobody_goes_on_where_it_has_not_come(tiny: Model) -> None:
     assert whole.sampled["a"] == tiny.executor(8).step(StepPlan(0, (Work("a", 0, 20, True),), (admitted,))).sampled["a"]
 
 
-def test_prompt_logprobs_do_not_depend_on_chunks(tiny: Model) -> None:
+def test_prompt_logprobs_do_not_depend_on_chunks(tiny: Executors) -> None:
     batch = [replace(r, sampling=replace(r.sampling, prompt_logprobs=3)) for r in requests(8, shared=40)]
     reference = alone(tiny, batch)
     for name, prompt in ((r.id, r.prompt_tokens) for r in batch):

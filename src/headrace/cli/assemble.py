@@ -149,13 +149,12 @@ def token_budget(settings: EngineSettings, steps: tuple[tuple[int, float], ...])
 
 def summary(assembled: Assembled, phase: Phases) -> str:
     """What a person wants to know about a replica that just started."""
-    from headrace.device.load import name
-
     loaded = assembled.loaded
     measured = ", ".join(f"{tokens} tokens in {1000 * seconds:.0f} ms" for tokens, seconds in loaded.steps)
     return "\n".join(
         [
-            f"{assembled.name}, {name(loaded.dtype)} on {loaded.device.type}, ready in {phase.elapsed_s:.1f} s",
+            f"{assembled.name}, {loaded.dtype} and {loaded.kv} KV on {loaded.device.type} ({loaded.kernels}), ready in "
+            f"{phase.elapsed_s:.1f} s",
             loaded.memory.table(),
             f"  {'steps':12} {assembled.token_budget:>10} tokens at most (measured: {measured})",
         ]

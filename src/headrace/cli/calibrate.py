@@ -97,7 +97,7 @@ def extent_of(args: argparse.Namespace) -> Extent:
 
 def open_live(args: argparse.Namespace, phase: Phases) -> Live:
     """Load what the command line names, as `serve` would."""
-    from headrace.device.load import load, name
+    from headrace.device.load import load
     from headrace.sim.calibration import Origin
 
     toml = config.read_toml(args.config)
@@ -108,7 +108,7 @@ def open_live(args: argparse.Namespace, phase: Phases) -> Live:
     origin = Origin(
         model=checkpoint.name if Path(args.model).exists() else args.model,
         shape=loaded.executor.shape,
-        dtype=name(loaded.dtype),
+        dtype=loaded.dtype,
         device=loaded.device.type,
         threads=device.threads or os.cpu_count() or 1,
         cpu=_cpu(),

@@ -89,7 +89,6 @@ def open_database(model: str, settings: GatewaySettings) -> Database | None:
 
 def card_of(assembled: Assembled) -> Card:
     """What may be told of the model that writes."""
-    from headrace.device.load import name
     from headrace.gateway.card import Card
 
     checkpoint = assembled.checkpoint
@@ -100,7 +99,7 @@ def card_of(assembled: Assembled) -> Card:
         parameters=sum(prod(tensors.shape(stored)) for stored in tensors.names()),
         weights_bytes=checkpoint.file_bytes,
         format="gguf" if type(tensors).__name__ == "GGUFTensors" else "safetensors",
-        quantization=name(assembled.loaded.dtype).upper(),
+        quantization=assembled.loaded.dtype.upper(),
         context_tokens=assembled.loaded.executor.capacity.max_context_tokens,
         template=checkpoint.chat_template or "",
         loaded_s=clock.wall(),

@@ -133,13 +133,12 @@ async def _steps(
 
 def stored_of(loaded: Loaded) -> Stored:
     """What a step of the loaded model reads."""
-    from headrace.device.load import name
     from headrace.sim.roofline.limits import Stored
 
     memory = loaded.memory
     return Stored(
-        weights=name(loaded.dtype),
+        weights=loaded.dtype,
         weight_bytes=loaded.read_bytes,
-        kv=name(loaded.dtype),
+        kv=loaded.kv,
         kv_bytes_per_token=memory.block_bytes / memory.block_tokens,
     )

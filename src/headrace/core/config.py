@@ -130,7 +130,19 @@ class EngineSettings:
 class DeviceSettings:
     """What the executor computes with."""
 
-    dtype: str = setting("auto", "arithmetic and weights in memory", ("auto", "fp32", "bf16"))
+    dtype: str = setting(
+        "auto",
+        "weights in memory: auto keeps a file's own 4 or 8 bits where native kernels serve the model; fp32 is exact",
+        ("auto", "fp32", "bf16", "q8", "q4"),
+    )
+    kv_dtype: str = setting(
+        "auto",
+        "keys and values in memory: auto is fp32 beside fp32 weights, else bf16",
+        ("auto", "fp32", "bf16", "int8"),
+    )
+    kernels: str = setting(
+        "auto", "what computes on a CPU: auto takes native where it serves the model", ("auto", "native", "torch")
+    )
     device: str = setting("auto", "where to compute: auto takes CUDA when there is one", ("auto", "cpu", "cuda"))
     kv_memory: Bytes | None = setting(None, "memory for KV, such as 2GiB; by default most of what is free")
     max_context: int | None = setting(None, "most tokens of one request; by default the model's own limit")

@@ -28,16 +28,21 @@ class KVFormat:
 
     name: str
     bits: float
+    head_bits: float = 0.0  # beside the elements, of one token of one head
 
     def bytes_per_token(self, shape: ModelShape) -> float:
         """Bytes of K and V of one token in all layers."""
-        return shape.layers * shape.kv_width * self.bits / 8
+        heads = 1 if shape.latent else 2 * shape.kv_heads
+        return shape.layers * (shape.kv_width * self.bits + heads * self.head_bits) / 8
 
 
 FP32 = WeightFormat("fp32", 32)
 BF16 = WeightFormat("bf16", 16)
+Q8 = WeightFormat("q8", 8, 32, 16)  # a half scale to 32 weights
+Q4 = WeightFormat("q4", 4, 32, 32)  # a half scale and a half minimum to 32 weights
 KV_FP32 = KVFormat("fp32", 32)
 KV_BF16 = KVFormat("bf16", 16)
+KV_INT8 = KVFormat("int8", 8, 32)  # a float scale to each token of each head
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,15 @@ from headrace.core.shape import ModelShape
 from headrace.core.types import HeadraceError
 from headrace.device import memory as memory_room
 from headrace.device.checkpoint import Checkpoint
-from headrace.device.executor import ModelExecutor, one_thread
+from headrace.device.executor import Forward, ModelExecutor, one_thread
 from headrace.device.forward import TorchForward
 from headrace.device.kvstore import KVStore
 from headrace.device.linear import Linears
 from headrace.device.llama import Llama, LlamaConfig
 from headrace.device.memory import Memory
+from headrace.device.native import forward as native
+from headrace.device.native.library import variant
+from headrace.device.native.weights import FORMATS, Packer, pack
 
 MOST_STEP_TOKENS = 2048  # the activations of larger steps are not worth their memory
 _MEASURED_TOKENS = (16, 256)
@@ -29,10 +32,26 @@ _MEASURED_TOKENS = (16, 256)
 class Loaded:
     executor: ModelExecutor
     memory: Memory
-    dtype: torch.dtype
+    dtype: str  # of the weights
     device: torch.device
     steps: tuple[tuple[int, float], ...]  # measured (tokens, seconds) of prefill steps
     read_bytes: int  # of weights that every step reads: all but the embeddings that are looked up
+    kv: str  # how keys and values are stored
+    kernels: str  # "torch", or the variant of the native kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Weights in memory, and what is needed to put KV beside them."""
+
+    weights: int  # bytes
+    read: int  # bytes of them that every step reads
+    dtype: str
+    kv: str
+    kernels: str
+    kv_shape: ModelShape  # of the stored planes
+    kv_dtype: torch.dtype
+    open: Callable[[int], Forward]  # with so many blocks
 
 
 def load(
@@ -65,30 +84,99 @@ def _load(
 ) -> Loaded:
     """`load`, on the thread that will compute."""
     device, dtype = place(settings)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     config = LlamaConfig.from_hf(checkpoint.config)
-    phase(f"load the weights as {name(dtype)} on {device.type}")
-    linears = Linears(dtype, device)
-    with torch.inference_mode():
-        model = Llama(config, checkpoint.tensor, linears.pack, dtype, device, linears.padded)
+    why_not = _why_not_native(config, settings, device, block_tokens)
+    if why_not is None:
+        built = _native(checkpoint, config, settings, block_tokens, phase)
+    else:
+        built = _torch(checkpoint, config, settings, (device, dtype), block_tokens, phase, why_not)
     context = _context(config.shape, settings)
     memory = memory_room.size(
-        config.shape,
-        weights=linears.nbytes + model.nbytes,
+        built.kv_shape,
+        weights=built.weights,
         activations=activation_bytes(config.shape, step_tokens, max_running),
         block_tokens=block_tokens,
         max_context_tokens=context,
         wanted=settings.kv_memory,
-        dtype=dtype,
+        dtype=built.kv_dtype,
         device=device,
         max_running=max_running,
     )
     capacity = Capacity(memory.blocks, block_tokens, context, config.shape.vocab, layers=config.shape.layers)
-    store = KVStore(config.shape, memory.blocks, block_tokens, dtype, device)
-    executor = ModelExecutor(TorchForward(model, linears, store), capacity, thread)
+    executor = ModelExecutor(built.open(memory.blocks), capacity, thread)
     phase("measure step times")
-    return Loaded(executor, memory, dtype, device, tuple(executor.measure(_MEASURED_TOKENS)), linears.nbytes)
+    steps = tuple(executor.measure(_MEASURED_TOKENS))
+    return Loaded(executor, memory, built.dtype, device, steps, built.read, built.kv, built.kernels)
+
+
+def _why_not_native(
+    config: LlamaConfig, settings: DeviceSettings, device: torch.device, block_tokens: int
+) -> str | None:
+    """None where native kernels will compute; else why they will not. Raises HeadraceError if they must."""
+    if settings.kernels == "torch":
+        why = "--kernels torch"
+    elif device.type != "cpu":
+        why = f"they compute on a CPU, not on {device.type}"
+    else:
+        why = native.why_not(config, block_tokens) or ""
+    needs = [settings.kernels == "native", settings.dtype in ("q8", "q4"), settings.kv_dtype not in ("auto", "fp32")]
+    if why and any(needs):
+        asked = ("--kernels native", f"--dtype {settings.dtype}", f"--kv-dtype {settings.kv_dtype}")[needs.index(True)]
+        raise HeadraceError(f"{asked} needs the native kernels, and there are none here: {why}")
+    return why or None
+
+
+def _native(
+    checkpoint: Checkpoint,
+    config: LlamaConfig,
+    settings: DeviceSettings,
+    block_tokens: int,
+    phase: Callable[[str], None],
+) -> Built:
+    phase("pack the weights for native kernels")
+    torch.set_num_threads(1)  # a second team of threads on the same cores would slow the kernels'
+    threads = settings.threads or native.default_threads()
+    wanted = next((each for each in FORMATS if each.name == settings.dtype), None)
+    packer = Packer(checkpoint.tensors, wanted, threads)
+    packed = pack(config, packer)
+    exact = settings.dtype == "fp32"
+    kv = settings.kv_dtype if settings.kv_dtype != "auto" else "fp32" if exact else "bf16"
+    kind = next(each for each in native.KV_KINDS if each.name == kv)
+
+    def open_with(blocks: int) -> Forward:
+        store = native.kv_store(config.shape, blocks, block_tokens, kind)
+        return native.NativeForward(config, packed, packer, store, kind, threads)
+
+    weights = "+".join(sorted(packer.bits, key=lambda each: -packer.bits[each]))
+    looked_up = 0 if config.shape.tied_embedding else packer.embedding_bytes
+    return Built(
+        packer.nbytes, packer.nbytes - looked_up, weights, kv, f"native {variant()}",
+        native.stored_shape(config.shape, kind), native.kv_dtype(kind), open_with,
+    )  # fmt: skip
+
+
+def _torch(
+    checkpoint: Checkpoint,
+    config: LlamaConfig,
+    settings: DeviceSettings,
+    place: tuple[torch.device, torch.dtype],
+    block_tokens: int,
+    phase: Callable[[str], None],
+    why: str,
+) -> Built:
+    device, dtype = place
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    phase(f"load the weights as {name(dtype)} on {device.type} (no native kernels: {why})")
+    linears = Linears(dtype, device)
+    with torch.inference_mode():
+        model = Llama(config, checkpoint.tensor, linears.pack, dtype, device, linears.padded)
+
+    def open_with(blocks: int) -> Forward:
+        return TorchForward(model, linears, KVStore(config.shape, blocks, block_tokens, dtype, device))
+
+    weights = linears.nbytes + model.nbytes
+    return Built(weights, linears.nbytes, name(dtype), name(dtype), "torch", config.shape, dtype, open_with)
 
 
 def activation_bytes(shape: ModelShape, step_tokens: int, sampled_rows: int) -> int:

@@ -1,0 +1,171 @@
+"""Rows through the layers in native code: one call for any range of layers, reading KV blocks in place.
+
+Owns a runner (threads and scratch memory), the packed weights and the tables of rotary angles. The KV planes are the
+store's, with another order of elements inside a block (`layout.h`); whoever moves whole blocks need not know.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.core.shape import KV_BF16, KV_FP32, KV_INT8, KVFormat, ModelShape
+from headrace.device.architecture import LlamaConfig
+from headrace.device.attention import Rows
+from headrace.device.kvstore import KVStore
+from headrace.device.native import library as native
+from headrace.device.native.weights import Packer
+from headrace.device.rope import Rope, Rotary
+
+STRIP, KEY_TILE, QUERY_ROWS, ROW_CHUNK = 16, 64, 24, 4  # layout.h, step.cpp
+KV_KINDS: tuple[KVFormat, ...] = (KV_FP32, KV_BF16, KV_INT8)  # by their number in layout.h
+_KV_DTYPES = {KV_FP32: torch.float32, KV_BF16: torch.bfloat16, KV_INT8: torch.int8}
+_FIRST_POSITIONS = 1024  # of the tables of angles, which double
+_SCALE_BYTES = 4  # of a token of one head
+
+
+def why_not(config: LlamaConfig, block_tokens: int, variant: str | None = None) -> str | None:
+    """What keeps a model from native kernels on this machine, as half a sentence; None if nothing does."""
+    shape, found = config.shape, native.variant(variant)
+    if found is None:
+        return "they were not built for this machine"
+    if found == "portable" and variant is None:
+        return "this CPU has no AVX2, and torch is faster than portable kernels"
+    if shape.experts:
+        return "they have no mixture of experts"
+    if shape.head_dim % STRIP or block_tokens % STRIP or shape.heads // shape.kv_heads > QUERY_ROWS:
+        return f"they need heads and KV blocks in multiples of {STRIP}, and at most {QUERY_ROWS} queries to a key"
+    return None
+
+
+def kv_store(shape: ModelShape, blocks: int, block_tokens: int, kind: KVFormat) -> KVStore:
+    return KVStore(stored_shape(shape, kind), blocks, block_tokens, _KV_DTYPES[kind], torch.device("cpu"))
+
+
+def stored_shape(shape: ModelShape, kind: KVFormat) -> ModelShape:
+    """The shape of the planes: int8 keeps a scale beside each token of each head."""
+    return replace(shape, head_dim=shape.head_dim + _SCALE_BYTES) if kind == KV_INT8 else shape
+
+
+def kv_dtype(kind: KVFormat) -> torch.dtype:
+    return _KV_DTYPES[kind]
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Where the time of steps went."""
+
+    linear: float
+    attention: float
+    head: float
+    other: float
+
+
+class NativeForward:
+    """A `Forward` of one model on some cores of a CPU. Several may share packed weights, each with its own cores."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        packed: native.Config,
+        packer: Packer,
+        store: KVStore,
+        kind: KVFormat,
+        threads: int | None = None,
+        cores: Sequence[int] | None = None,
+        variant: str | None = None,
+    ) -> None:
+        """`cores` says where each thread may run, the first being the caller's, which is left where it is."""
+        found, name = native.library(), native.variant(variant)
+        assert found is not None and name is not None
+        self.config, self.store, self.variant = config, store, name
+        self.threads = threads or default_threads()
+        self._library, self._packer, self._packed = found, packer, packed
+        self._planes = [_addresses(planes) for planes in (store.keys, store.values)]
+        cache = native.Cache(KV_KINDS.index(kind), store.block_tokens, store.blocks, *self._planes)
+        pinned = (ctypes.c_int32 * len(cores))(*cores) if cores else None
+        self._runner = found.headrace_open(packed, cache, name.encode(), self.threads, pinned)
+        self._angles = [_Angles(rope) for rope in dict.fromkeys(rope for rope in config.ropes if rope is not None)]
+        self._logits = torch.empty(0)
+
+    def __del__(self) -> None:
+        if runner := getattr(self, "_runner", None):
+            self._library.headrace_close(runner)
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.config.shape
+
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        return (1, 2, 3, *range(ROW_CHUNK, 257, ROW_CHUNK))
+
+    def layers(self, spans: Sequence[Rows], first: int, last: int, ids: Sequence[int], x: Tensor | None) -> Tensor:
+        rows = spans[-1].first_row + spans[-1].count
+        out = torch.empty(rows, self.shape.hidden) if x is None else x.clone()
+        tokens = np.array(ids, dtype=np.int32)
+        described = np.empty((len(spans), 4), dtype=np.int32)
+        at = 0
+        for index, span in enumerate(spans):
+            described[index] = span.first_row, span.start, span.count, at
+            at += len(span.blocks)
+        tables = np.concatenate([span.blocks for span in spans]).astype(np.int32)
+        longest = max(span.start + span.count for span in spans)
+        angles = (ctypes.c_void_p * max(1, len(self._angles)))(*[each.address(longest) for each in self._angles])
+        step = native.Step(
+            rows, len(spans), first, last, tokens.ctypes.data, out.data_ptr(), described.ctypes.data,
+            tables.ctypes.data, ctypes.cast(angles, ctypes.POINTER(ctypes.c_void_p)), None,
+        )  # fmt: skip
+        self._library.headrace_layers(self._runner, step)
+        return out
+
+    def logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
+        if len(self._logits) < len(rows):
+            self._logits = torch.empty(len(rows), self.shape.vocab)
+        asked = rows.astype(np.int32)
+        self._library.headrace_logits(
+            self._runner, hidden.data_ptr(), asked.ctypes.data, len(rows), self._logits.data_ptr()
+        )
+        return self._logits[: len(rows)]
+
+    def times(self) -> Seconds:
+        """Since the last call."""
+        seconds = (ctypes.c_double * 4)()
+        self._library.headrace_times(self._runner, seconds)
+        return Seconds(*seconds)
+
+
+class _Angles:
+    """cos and sin of every position so far seen, [positions, head_dim]: cos | sin, each head_dim / 2."""
+
+    __slots__ = ("_half", "_rotary", "_table")
+
+    def __init__(self, rope: Rope) -> None:
+        self._rotary = Rotary(rope, torch.device("cpu"))
+        self._half = rope.head_dim // 2
+        self._table = self._of(0, _FIRST_POSITIONS)
+
+    def address(self, positions: int) -> int:
+        """Of the table, which covers so many positions from 0 on."""
+        while len(self._table) < positions:
+            self._table = torch.cat((self._table, self._of(len(self._table), 2 * len(self._table))))
+        return self._table.data_ptr()
+
+    def _of(self, first: int, last: int) -> Tensor:
+        rotation = self._rotary.at(torch.arange(first, last))
+        return torch.cat((rotation.cos[:, 0, : self._half], rotation.sin[:, 0, self._half :]), -1).contiguous()
+
+
+def default_threads() -> int:
+    """One for each core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _addresses(planes: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(planes))(*[plane.data_ptr() for plane in planes])

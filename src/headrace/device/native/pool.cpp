@@ -1,0 +1,119 @@
+#include "pool.h"
+
+#include <chrono>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
+namespace headrace {
+namespace {
+
+constexpr uint64_t FIELD = (1u << 22) - 1;  // chunks and next; the phase has the upper 20 bits
+constexpr int64_t SPIN_NS = 50'000;
+
+uint64_t phase_of(uint64_t ticket) { return ticket >> 44; }
+int32_t chunks_of(uint64_t ticket) { return int32_t(ticket >> 22 & FIELD); }
+int32_t next_of(uint64_t ticket) { return int32_t(ticket & FIELD); }
+
+int64_t now_ns() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+void pin([[maybe_unused]] std::thread& thread, [[maybe_unused]] int core) {
+#if defined(__linux__)
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(core, &set);
+    pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);  // a wish: without it the thread runs anywhere
+#endif
+}
+
+}  // namespace
+
+Pool::Pool(int threads, const int32_t* cores) {
+    for (int worker = 1; worker < threads; worker++) {
+        others_.emplace_back([this, worker] { serve(worker); });
+        if (cores) pin(others_.back(), cores[worker]);
+    }
+}
+
+Pool::~Pool() {
+    stopping_ = true;
+    epoch_++;
+    epoch_.notify_all();
+    for (auto& thread : others_) thread.join();
+}
+
+void Pool::run(const std::vector<Phase>& phases, Work work, void* context, int64_t* spent) {
+    phases_ = &phases;
+    work_ = work;
+    context_ = context;
+    spent_ = spent;
+    begin_ns_ = now_ns();
+    publish(0);
+    for (;;) {
+        const uint64_t ticket = ticket_.load(std::memory_order_acquire);
+        if (phase_of(ticket) == phases.size()) return;
+        if (!take(0)) wait(ticket);
+    }
+}
+
+// Do a chunk if there is one.
+bool Pool::take(int worker) {
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    if (next_of(ticket) >= chunks_of(ticket)) return false;
+    if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) return true;  // somebody was faster
+    const size_t index = phase_of(ticket);  // stays the current phase until this chunk is done
+    const Phase& phase = (*phases_)[index];
+    work_(context_, phase, next_of(ticket), worker);
+    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == phase.chunks) {
+        const int64_t end_ns = now_ns();
+        spent_[phase.kind] += end_ns - begin_ns_;
+        begin_ns_ = end_ns;
+        publish(index + 1);
+    }
+    return true;
+}
+
+void Pool::publish(size_t phase) {
+    done_.store(0, std::memory_order_relaxed);
+    const uint64_t chunks = phase < phases_->size() ? uint64_t((*phases_)[phase].chunks) : 0;
+    ticket_.store(uint64_t(phase) << 44 | chunks << 22, std::memory_order_seq_cst);
+    epoch_.fetch_add(1, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst)) epoch_.notify_all();
+}
+
+// Until there is another ticket than this one.
+void Pool::wait(uint64_t ticket) {
+    const int64_t until = now_ns() + SPIN_NS;
+    do {
+        for (int i = 0; i < 32; i++) {
+            const uint64_t seen = ticket_.load(std::memory_order_acquire);
+            if (seen != ticket || stopping_) return;
+            pause();
+        }
+    } while (now_ns() < until);
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    const uint32_t epoch = epoch_.load(std::memory_order_seq_cst);
+    if (ticket_.load(std::memory_order_seq_cst) == ticket && !stopping_) epoch_.wait(epoch);
+    sleepers_.fetch_sub(1);
+}
+
+void Pool::serve(int worker) {
+    while (!stopping_) {
+        const uint64_t ticket = ticket_.load(std::memory_order_acquire);
+        if (!take(worker)) wait(ticket);
+    }
+}
+
+}  // namespace headrace

@@ -1,0 +1,164 @@
+"""Native kernels against torch, against each other, and against what a file says."""
+
+from __future__ import annotations
+
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MIXTURE, TINY, random_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rig import Given, NativeModel
+from test_llama import MODELS, build, forward, hub_tensors, ours
+
+from headrace.core.config import DeviceSettings
+from headrace.core.shape import BF16, FP32, KV_BF16, KV_FP32, KV_INT8, Q4, Q8, KVFormat, WeightFormat
+from headrace.core.types import HeadraceError
+from headrace.device import load as loading
+from headrace.device.attention import Rows
+from headrace.device.checkpoint import Checkpoint
+from headrace.device.llama import LlamaConfig
+from headrace.device.native import library
+from headrace.device.native.forward import NativeForward, why_not
+
+HERE = [name for name in library.VARIANTS if library.variant(name)]
+DENSE = {
+    name: (family, extra | {"head_dim": 16})
+    for name, (family, extra) in MODELS.items()
+    if not family.startswith(("Mixtral", "Qwen3Moe"))
+}
+
+
+def spans(works: list[tuple[int, int, int]], per_request: int = 16) -> list[Rows]:
+    """(request, start, count) as rows over blocks that are the request's own, in no order."""
+    tables = np.random.default_rng(0).permutation(8 * per_request).reshape(8, per_request).astype(np.int64)
+    found, row = [], 0
+    for request, start, count in works:
+        found.append(Rows(row, start, count, tables[request]))
+        row += count
+    return found
+
+
+def logits(model: NativeForward, works: list[tuple[int, int, int]], ids: list[list[int]]) -> torch.Tensor:
+    rows = spans(works)
+    tokens = [token for request, start, count in works for token in ids[request][start : start + count]]
+    hidden = model.layers(rows, 0, model.shape.layers, tokens, None)
+    return model.logits(hidden, np.arange(len(tokens))).clone()
+
+
+def some_ids(vocab: int, requests: int = 8, tokens: int = 200) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randint(vocab, (requests, tokens), generator=generator).tolist()
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_every_dense_member_of_the_family(name: str) -> None:
+    """Rope variants, windows, biases, norms of heads, sandwich norms: the logits of torch, in fp32."""
+    model = build(*DENSE[name])
+    ids = some_ids(131, tokens=100)[0]
+    with torch.inference_mode():
+        expected = forward(ours(model), torch.tensor(ids))
+    native = NativeModel(model.config.to_dict(), Given(hub_tensors(model).__getitem__)).forward(128)
+    assert (logits(native, [(0, 0, 100)], [ids]) - expected).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("kv", [KV_FP32, KV_BF16, KV_INT8], ids=lambda kv: kv.name)
+@pytest.mark.parametrize("weights", [FP32, BF16, Q8, Q4], ids=lambda weights: weights.name)
+def test_variants_agree_to_the_last_bit(weights: WeightFormat, kv: KVFormat) -> None:
+    """Also with inputs and outputs that fill neither a group nor a panel."""
+    ids = some_ids(500)
+    odd = build("Gemma3", MODELS["gemma3"][1])
+    models: list[tuple[dict[str, object], Callable[[str], torch.Tensor]]] = [
+        (TINY, random_weights(3)),
+        (odd.config.to_dict(), hub_tensors(odd).__getitem__),
+    ]
+    for config, tensor in models:
+        found = []
+        for variant in HERE:
+            native = NativeModel(config, Given(tensor), weights, kv, variant).forward(128)
+            short = [[token % 131 for token in row] for row in ids]
+            found.append(logits(native, [(0, 0, 70), (1, 0, 1), (2, 0, 9)], short))
+        assert all(torch.equal(each, found[0]) for each in found)
+        assert found[0].std() > 0.1
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=8), st.sampled_from([1, 3]), st.integers(1, 7))
+def test_rows_do_not_know_their_step(cuts: list[int], threads: int, others: int) -> None:
+    """One request in chunks beside others, over one to three threads, equals it alone in one go."""
+    ids = some_ids(500)
+    model = NativeModel(TINY, Given(random_weights(3)), Q4, KV_INT8, threads=threads)
+    whole = logits(model.forward(128), [(0, 0, 200)], ids)
+    beside, parts, at = model.forward(128), [], 0
+    for cut in [*cuts, 200]:
+        count = min(cut, 200 - at)
+        if count:
+            works = [(other, at, count) for other in range(1, 1 + others)]
+            works.insert(others // 2, (0, at, count))
+            parts.append(logits(beside, works, ids)[others // 2 * count :][:count])
+            at += count
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_file_s_own_blocks_are_not_rounded_again(smollm2_checkpoint: Checkpoint) -> None:
+    """Without layers, hidden states are rows of the embedding; it is Q8_0 in the file and equal bit for bit."""
+    model = NativeModel(smollm2_checkpoint.config, smollm2_checkpoint.tensors, None)
+    assert model.packer.bits.keys() == {"q4", "q8"}
+    ids = [0, 1, 31, 32, 777, 49151]
+    embedding = smollm2_checkpoint.tensor("model.embed_tokens.weight")[ids]
+    assert torch.equal(model.forward(128).layers(spans([(0, 0, 6)]), 0, 0, ids, None), embedding)
+    assert model.packer.nbytes < 1.01 * smollm2_checkpoint.file_bytes
+
+
+def test_the_default_format_thinks_like_the_dequantised_file(smollm2_checkpoint: Checkpoint) -> None:
+    """Fourth token and later of an English text; 8-bit inputs are the only difference left."""
+    from tokenizers import Tokenizer
+
+    text = "The mill stands by the river, and the wheel turns day and night. Water comes through a channel that the " \
+           "miller's father dug, and in a dry summer it carries little. Then the miller waits for rain."  # fmt: skip
+    ids = [Tokenizer.from_str(smollm2_checkpoint.tokenizer_json).encode(text).ids]
+    checkpoint = (smollm2_checkpoint.config, smollm2_checkpoint.tensors)
+    exact, default = (
+        logits(NativeModel(*checkpoint, weights, kv).forward(128), [(0, 0, len(ids[0]))], ids)[3:].log_softmax(-1)
+        for weights, kv in ((FP32, KV_FP32), (None, KV_BF16))
+    )
+    divergence = torch.nn.functional.kl_div(default, exact, log_target=True, reduction="batchmean")
+    assert divergence < 0.005
+    assert (default.argmax(-1) == exact.argmax(-1)).float().mean() > 0.92
+
+
+def test_what_native_kernels_do_not_do_is_said() -> None:
+    tiny, mixture = LlamaConfig.from_hf(TINY), LlamaConfig.from_hf(MIXTURE)
+    assert why_not(tiny, 16, "portable") is None
+    assert "mixture" in str(why_not(mixture, 16, "portable"))
+    assert "multiples of 16" in str(why_not(tiny, 8, "portable"))
+    assert "not built" in str(why_not(tiny, 16, "vliw"))
+
+
+def test_settings_that_need_native_kernels_say_so(smollm2_checkpoint: Checkpoint) -> None:
+    for asked in ({"dtype": "q4"}, {"kv_dtype": "int8"}):
+        with pytest.raises(HeadraceError, match=r"needs the native kernels.*--kernels torch"):
+            loading.load(smollm2_checkpoint, DeviceSettings(kernels="torch", **asked), 16, 4)
+
+
+def test_a_default_start(smollm2_checkpoint: Checkpoint) -> None:
+    if library.variant() == "portable":
+        pytest.skip("torch is the default here")
+    loaded = loading.load(smollm2_checkpoint, DeviceSettings(max_context=512), 16, 4)
+    assert (loaded.dtype, loaded.kv, loaded.kernels) == ("q4+q8", "bf16", f"native {library.variant()}")
+    shape = loaded.executor.shape
+    assert loaded.memory.block_bytes == 16 * KV_BF16.bytes_per_token(shape)
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_library(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = ["pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(root)]
+    subprocess.run(command, check=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert any(name.startswith("headrace/device/native/kernels.") and name.endswith((".so", ".pyd")) for name in names)
