@@ -298,3 +298,20 @@ def test_nobody_is_preempted_for_ever() -> None:
     preempted = [event.request_id for event in rig.recorder.of(events.Preempted)]
     assert preempted == ["batch"] * MOST_PREEMPTIONS
     rig.drain()
+
+
+def test_filler_pauses_for_prompts_of_others_and_goes_on_in_small_pieces() -> None:
+    rig = Rig(256, 32, batch="chunked", max_running=8)
+    rig.add(make_request("batch", prompt(6, 1), 6, priority=-PRIORITY_LEVELS))
+    assert steps(rig, 3) == [[("batch", 4)], [("batch", 2)], [("batch", 1)]]
+    rig.add(make_request("other", prompt(40, 2), 3), make_request("more", prompt(9, 3), 2, priority=-PRIORITY_LEVELS))
+    assert steps(rig, 2) == [[("other", 32)], [("other", 8)]]
+    assert sorted(steps(rig, 1)[0]) == [("batch", 1), ("more", 4), ("other", 1)]
+    rig.drain()
+
+
+def test_filler_comes_after_all_others_whenever_it_came() -> None:
+    rig = Rig(256, 32, batch="chunked", max_running=1)
+    rig.add(make_request("batch", prompt(4, 1), 2, priority=-PRIORITY_LEVELS), make_request("other", prompt(4, 2), 2))
+    assert steps(rig, 1) == [[("other", 4)]]
+    rig.drain()

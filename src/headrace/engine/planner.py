@@ -106,7 +106,8 @@ class Planner:
             self._clear_the_way(step)
         prefilling = lines.prefilling.snapshot() if State.PREFILLING in step.serves else ()
         waiting = lines.waiting.snapshot() if State.WAITING in step.serves else ()
-        wishes = self._policies.batch(BatchView(step.now, step.token_budget, step.decoding, prefilling, waiting))
+        view = BatchView(step.now, step.token_budget, step.decoding, prefilling, waiting, lines.fillers)
+        wishes = self._policies.batch(view)
         share = next(wishes, None)
         while share is not None:
             granted = self._grant(share, step)

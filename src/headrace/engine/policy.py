@@ -17,7 +17,7 @@ from headrace.core.config import EngineSettings
 from headrace.core.events import Event
 from headrace.core.types import HeadraceError, RequestId
 from headrace.engine.policies.admission import WATERMARK, free_blocks, reserve_all
-from headrace.engine.policies.batch import chunked, filling, is_filler, layered, orca, prefill_first, splitfuse, static
+from headrace.engine.policies.batch import chunked, filling, layered, orca, prefill_first, splitfuse, static
 from headrace.engine.policies.deadlines import Due, edd, eddc, mdd, mddc, slack
 from headrace.engine.policies.fairness import DeficitRoundRobin, TokenCounter
 from headrace.engine.policies.future import FuturePeak, Oracle, PastFuture, aggressive, conservative
@@ -39,7 +39,7 @@ from headrace.engine.policies.joints import (
 )
 from headrace.engine.policies.lanes import LANES, Predict, SharePolicy
 from headrace.engine.policies.lookup import Lookup
-from headrace.engine.policies.ordering import AGEING_S, PRIORITY_LEVELS, fcfs, priority, shortest_prompt
+from headrace.engine.policies.ordering import AGEING_S, PRIORITY_LEVELS, fcfs, is_filler, priority, shortest_prompt
 from headrace.engine.policies.preemption import MOST_PREEMPTIONS, last_arrived, lower_level, swap
 from headrace.engine.policies.switching import PriorityTrace, markov_priority, random_priority
 

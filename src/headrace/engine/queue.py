@@ -13,6 +13,7 @@ from typing import overload
 
 from headrace.core.types import Overloaded, Request, RequestId
 from headrace.engine.beats import Beats, by_order
+from headrace.engine.policies.ordering import is_filler
 from headrace.engine.progress import LEGAL, Progress, State
 
 _MOST_GONE = 64  # kept in a line, whatever its length
@@ -119,11 +120,13 @@ class Lines:
         self._of: dict[State, Line | Beats] = {State.WAITING: self.waiting, State.PREFILLING: self.prefilling}
         self._of[State.DECODING] = self.decoding
         self.waiting_tokens = 0  # prompt tokens of those who wait
+        self.fillers = 0  # of the live, who are of the lowest priority level
         self.reserved_blocks = 0  # what the running would hold at their longest
         self.released: list[RequestId] = []  # left the running since the executor last heard of it
 
     def enter(self, progress: Progress) -> None:
         self.live[progress.id] = progress
+        self.fillers += is_filler(progress)
         self._of[progress.state].add(progress)
         self.waiting_tokens += progress.prompt_tokens
 
@@ -134,6 +137,7 @@ class Lines:
         progress.state = state
         if state is State.FINISHED:
             del self.live[progress.id]
+            self.fillers -= is_filler(progress)
         else:
             self._of[state].add(progress)
         if was_waiting:
@@ -166,6 +170,7 @@ class Lines:
         assert in_line == sorted(self.live), "a request is in no line, in two, or in one it left"
         assert self.waiting_tokens == sum(progress.prompt_tokens for progress in self.waiting.members)
         assert self.reserved_blocks == sum(progress.longest_blocks for progress in self.running())
+        assert self.fillers == sum(map(is_filler, self.live.values()))
 
 
 class Deadlines:

@@ -6,18 +6,44 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from headrace.engine.policies.joints import BatchView, RequestView, Share
-from headrace.engine.policies.ordering import PRIORITY_LEVELS, level
+from headrace.engine.policies.joints import BatchView, Share
+from headrace.engine.policies.ordering import is_filler
 
 COHORT_TOKENS = 8192  # of prompts that go through the layers side by side
+FILLER_SHARE = 8  # one part in so many of the token budget may be prompts of filler: who arrives waits no longer
 _ALL = 1 << 40  # tokens: as many as there are
 
 
 def chunked(batch: BatchView) -> Generator[Share, int, None]:
     """Decodes first and always, then unfinished prefills, then new requests, under the token budget: a decode never
-    waits for a prompt, so the time between tokens is that of one budget (Sarathi-Serve's stall-free batching)."""
+    waits for a prompt, so the time between tokens is that of one budget (Sarathi-Serve's stall-free batching).
+
+    Filler is served behind all others, see `behind`; where there is none, nobody looks for it."""
+    if batch.fillers:
+        yield from behind(batch)
+        return
     left = batch.token_budget
     left -= yield Share(batch.decoding, len(batch.decoding))
+    left -= yield Share(batch.prefilling, left)
+    yield Share(batch.waiting, left)
+
+
+def behind(batch: BatchView) -> Generator[Share, int, None]:
+    """As `chunked`, with filler behind it. While anybody else has a prompt to compute, filler pauses, its decodes too.
+    Otherwise it decodes beside the others, and its prompts go on in small pieces: whoever arrives finds a step in
+    progress that is short, and the bound on the wait is 1 / FILLER_SHARE of the inter-token target. Filler may starve.
+    """
+    prefilling = [one for one in batch.prefilling if not is_filler(one)]
+    waiting = [one for one in batch.waiting if not is_filler(one)]
+    left = batch.token_budget
+    if prefilling or waiting:
+        decoding = [one for one in batch.decoding if not is_filler(one)]
+        left -= yield Share(decoding, len(decoding))
+        left -= yield Share(prefilling, left)
+        yield Share(waiting, left)
+        return
+    left -= yield Share(batch.decoding, len(batch.decoding))
+    left = min(left, max(1, batch.token_budget // FILLER_SHARE))
     left -= yield Share(batch.prefilling, left)
     yield Share(batch.waiting, left)
 
@@ -99,7 +125,3 @@ def filling(batch: BatchView) -> Generator[Share, int, None]:
     left -= yield Share([one for one in batch.prefilling if is_filler(one)], left)
     if not waiting:
         yield Share(batch.waiting, left)
-
-
-def is_filler(request: RequestView) -> bool:
-    return level(request) == -PRIORITY_LEVELS

@@ -91,6 +91,7 @@ class BatchView(NamedTuple):
     decoding: Sequence[RequestView]  # one token behind
     prefilling: Sequence[RequestView]  # running, with more to catch up
     waiting: Sequence[RequestView]  # not admitted, or preempted
+    fillers: int = 0  # how many of all these are of the lowest priority level
 
 
 class DraftView(NamedTuple):

@@ -11,12 +11,20 @@ AGEING_TOKENS_PER_S = 1000.0  # how much shorter a prompt looks for each second 
 PRIORITY_LEVELS = 100  # priorities beyond plus or minus this count as this
 
 
+_AFTER_ALL_S = 1e12  # later than anybody ever arrives
+
+
 def fcfs(request: RequestView, now: float) -> float:
-    """First come, first served. Preempted requests keep their place.
+    """First come, first served. Preempted requests keep their place. Filler comes after all others.
 
     The bound: nobody who arrives later goes first.
     """
-    return request.request.arrival_s
+    return request.request.arrival_s + _AFTER_ALL_S * is_filler(request)
+
+
+def is_filler(request: RequestView) -> bool:
+    """Whether it is of the lowest priority level: work that nobody waits for, such as a batch."""
+    return level(request) == -PRIORITY_LEVELS
 
 
 def level(request: RequestView) -> int:
