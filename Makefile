@@ -3,15 +3,17 @@
 # make native    build the native kernels again, in place
 # make test      the default tests: no GPU, no network, some minutes
 # make accuracy  the simulator against the live engine on this machine, ten minutes, alone
+# make peers     llama.cpp and OpenVINO in an environment of their own, for benchmarks/peers.py; some minutes
 # make check     ruff, mypy --strict, the rooms and the sizes
 PYTHON ?= python3
 PORT ?= 8000
 MODEL ?= smollm2
+PEERS ?= .venv-peers
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install native serve test test-slow accuracy check docs clean
+.PHONY: install native serve test test-slow accuracy peers check docs clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/installed
@@ -37,6 +39,9 @@ test-slow: install
 
 accuracy: install
 	@$(BIN)/python benchmarks/accuracy.py
+
+peers:
+	@scripts/phase "set up the peers" scripts/peers $(PEERS) $(PYTHON)
 
 check: install
 	@scripts/phase "ruff" $(BIN)/ruff check .
