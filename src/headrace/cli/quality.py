@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _WINDOW, _LEAST_WINDOW, _MOST_WINDOW = 512, 16, 1 << 20
-_NO_FORMATS = ("device",)  # settings of the device room with choices that are no number formats
 
 
 def add(commands: Any) -> None:
@@ -60,18 +59,16 @@ def add(commands: Any) -> None:
 
 
 def formats() -> dict[str, dict[str, str]]:
-    """Name -> device settings of every number format the device room offers: the values of --dtype, and those of any
-    other setting with choices as SETTING=VALUE."""
-    found: dict[str, dict[str, str]] = {}
-    for field in dataclasses.fields(DeviceSettings):
-        if field.name in _NO_FORMATS:
-            continue
-        for value in field.metadata["choices"]:
-            if value != "auto":
-                found[value if field.name == "dtype" else f"{field.name.replace('_', '-')}={value}"] = {
-                    field.name: value
-                }
-    return found
+    """Name -> device settings of every format the device room offers: of weights, and of KV beside fp32 weights."""
+    weights = {value: {"dtype": value} for value in _choices("dtype")}
+    kv = {f"kv-{value}": {"dtype": "fp32", "kv_dtype": value} for value in _choices("kv_dtype") if value != "fp32"}
+    return weights | kv
+
+
+def _choices(setting: str) -> list[str]:
+    """The formats among the values of a device setting."""
+    found = next(field for field in dataclasses.fields(DeviceSettings) if field.name == setting)
+    return [value for value in found.metadata["choices"] if value != "auto"]
 
 
 def run(args: argparse.Namespace) -> int:
