@@ -23,11 +23,12 @@ Call = Callable[[], object]
 Product = tuple[int, int, int]  # rows, inputs, outputs
 
 PRECISIONS = ("fp32", "bf16", "int8")
-_PRODUCTS: tuple[Product, ...] = ((512, 1536, 1536), (1024, 1024, 1024), (1024, 4096, 1024))
+_PRODUCTS: tuple[Product, ...] = ((128, 512, 512), (512, 1536, 1536), (1024, 1024, 1024), (1024, 4096, 1024))
 _MEMORY_BYTES = 512 << 20  # far more than any cache holds
 _CACHE_BYTES = 4 << 20  # that a cache shared by the cores surely holds
 _FREE_SHARE = 0.25  # of the free memory that measuring may use
-_REPEATS, _LEAST_S, _LONG_S = 4, 0.02, 0.2
+_REPEATS, _LEAST_S = 4, 0.02
+_LONG_S, _SLOW_S = 0.05, 0.5  # a product, a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def _measure(settings: DeviceSettings, heard: Callable[[str], None]) -> Speed:
     flops = {}
     for precision in PRECISIONS:
         heard(f"measure multiplying in {precision}")
-        flops[precision] = max((_rate(product, precision, device) for product in _PRODUCTS), default=0.0)
+        flops[precision] = max(_rate(kernel, device) for kernel in _KERNELS[precision])
     return Speed(device.type, torch.get_num_threads(), total, far, near, flops)
 
 
@@ -83,16 +84,19 @@ def _read(nbytes: int, device: torch.device) -> float:
     return max(values.nbytes / _seconds(call, device) for call in calls)
 
 
-def _rate(product: Product, precision: str, device: torch.device) -> float:
-    """Operations a second of the fastest kernel for one matrix product; 0 where there is none."""
-    rows, inputs, outputs = product
+def _rate(kernel: Callable[[Product, torch.device], Iterator[Call]], device: torch.device) -> float:
+    """Operations a second of one kernel at its best; 0 where there is none. What is slow at a small product is not
+    asked for a large one."""
     fastest = 0.0
-    for kernel in _KERNELS[precision]:
+    for rows, inputs, outputs in _PRODUCTS:
         try:
-            for call in kernel(product, device):
-                fastest = max(fastest, 2 * rows * inputs * outputs / _seconds(call, device))
+            seconds = min((_seconds(call, device) for call in kernel((rows, inputs, outputs), device)), default=0.0)
         except (RuntimeError, NotImplementedError, AttributeError):
-            continue  # this build or this processor lacks it
+            break  # this build or this processor lacks it
+        if seconds:
+            fastest = max(fastest, 2 * rows * inputs * outputs / seconds)
+        if not 0 < seconds < _LONG_S:
+            break
     return fastest
 
 
@@ -107,8 +111,7 @@ def _seconds(call: Call, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         return perf() - begin
 
-    timed(1)
-    if (took := timed(1)) > _LONG_S:
+    if (took := timed(1)) > _SLOW_S:
         return took  # repeating what is slow anyway would take minutes
     count = 1
     while (took := timed(count)) < _LEAST_S:
