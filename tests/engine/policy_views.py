@@ -28,6 +28,9 @@ class View:
     running: bool = False
     preemptions: int = 0
 
+    def token_ids(self, start: int, end: int) -> None:
+        return None
+
 
 def arriving(arrival_s: float, level: int = 0) -> View:
     return View(make_request("view", range(4), arrival_s=arrival_s, priority=level))

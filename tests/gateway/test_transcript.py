@@ -84,6 +84,25 @@ def test_stop_strings_cut_where_the_first_one_is_complete(text: str, stops: list
     assert hit == bool(ends) and shown + ("" if hit else matcher.end()) == expected
 
 
+@QUICK
+@given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=3), min_size=1), st.data())
+def test_tokens_that_come_at_once_read_as_one_by_one(text: str, stops: list[str], data: st.DataObject) -> None:
+    ids = ORACLES["bytes"].encode(text).ids
+    one, many, at = TEXTS["bytes"].transcript(stops), TEXTS["bytes"].transcript(stops), 0
+    logprobs = [logprob(token, 0) for token in ids]
+    pieces, shown, wanted, seen = "", list(many.logprobs()), "", list(one.logprobs())
+    while at < len(ids) and not many.stopped:
+        step = data.draw(st.integers(1, 5))
+        pieces += many.push(ids[at : at + step], logprobs[at : at + step])
+        shown += many.logprobs()
+        for place in range(at, min(at + step, len(ids))):
+            if not one.stopped:
+                wanted += one.push(ids[place : place + 1], logprobs[place : place + 1])
+                seen += one.logprobs()
+        at += step
+        assert (pieces, many.stopped, many.tokens, shown) == (wanted, one.stopped, one.tokens, seen)
+
+
 def test_no_more_is_held_back_than_could_be_a_stop_string() -> None:
     matcher = StopStrings(["</end>"])
     assert matcher.push("a < b </e") == ("a < b ", False)

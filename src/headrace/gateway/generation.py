@@ -129,13 +129,15 @@ class Generation:
         transcript = self.text.transcript(call.stop)
         async with closing(self.service.generate(request)) as outputs:
             async for output in outputs:
-                tally.output_tokens += len(output.token_ids)
                 tally.note(output.usage)
                 _check_finish(output)
                 token_ids = output.token_ids
                 if output.finish is FinishReason.STOP and token_ids and token_ids[-1] in request.stop_token_ids:
                     token_ids = token_ids[:-1]  # a stop token ends the text and is not part of it
+                read = transcript.tokens
                 text = transcript.push(token_ids, output.logprobs[: len(token_ids)])
+                # of tokens that came at once, those behind a stop string are as if they had never been drawn
+                tally.output_tokens += transcript.tokens - read if transcript.stopped else len(output.token_ids)
                 if output.finish is not None:
                     text += transcript.end()
                 if transcript.stopped:

@@ -142,6 +142,7 @@ class Transcript:
         self._decoded_chars = 0
         self._released_chars = 0
         self._withheld: deque[tuple[int, TokenLogprob]] = deque()  # (where the token's text starts, its logprob)
+        self.tokens = 0  # read
         self.stopped = False
 
     @property
@@ -150,17 +151,20 @@ class Transcript:
         return self._stops.found
 
     def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> str:
-        """Text to release after these tokens; sets `stopped` when they complete a stop string."""
+        """Text to release after these tokens; sets `stopped` when they complete a stop string, and reads no further."""
         text = ""
         for at, token_id in enumerate(token_ids):
+            self.tokens += 1
             if at < len(logprobs):
                 self._withheld.append((self._decoded_chars, logprobs[at]))
             # ids without a token, and special tokens, are not there: they do not even end a run of bytes
             if 0 <= token_id < len(self._pieces) and (piece := self._pieces[token_id]):
                 grown = self._decoder.push(piece)
                 self._decoded_chars += len(grown)
-                text += grown
-        return self._release(text)
+                text += self._release(grown)
+            if self.stopped:
+                break
+        return text
 
     def end(self) -> str:
         """Text to release when no more tokens come."""

@@ -16,11 +16,12 @@ from itertools import count
 
 from headrace.core import clock
 from headrace.core.ports import Capacity
-from headrace.core.step import Run, Sampled, StepPlan, StepResult
+from headrace.core.step import Run, Sampled, StepPlan, StepResult, Work
 from headrace.core.types import RequestId
 from headrace.sim.beside import Beside
 from headrace.sim.cost.batch import Batch, CostModel, StepCost, batch_of_plan, cut_of_plan, estimate_cut
 from headrace.sim.cost.divided import Divided, Price, price_of
+from headrace.sim.drafts import Acceptance
 from headrace.sim.spent import Spent
 from headrace.workload.arrival import ANSWER_TOKEN, STOP_TOKEN
 
@@ -41,7 +42,8 @@ class _Answer:
 
 class SimulatedExecutor:
     """`lengths` holds the output tokens of every request that is admitted. `windows` are the attention windows of the
-    model; `spent` hears what steps cost. Raises RuntimeError on a clock that is real."""
+    model; `spent` hears what steps cost; without `acceptance` no draft is right. Raises RuntimeError on a clock that is
+    real."""
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class SimulatedExecutor:
         *,
         windows: tuple[int, ...] = (),
         spent: Spent | None = None,
+        acceptance: Acceptance | None = None,
     ) -> None:
         self._capacity = capacity
         self._cost = cost
@@ -58,6 +61,7 @@ class SimulatedExecutor:
         self._windows = windows
         self._spent = spent
         self._beside = Beside(Divided(cost), spent)  # for plans of several lanes
+        self._acceptance = acceptance
         self._batch = Batch()  # of the plan under way
         self._price_of_one: StepCost | None = None  # and its price, unless it is a line
         self._answers: dict[RequestId, _Answer] = {}
@@ -201,21 +205,28 @@ class SimulatedExecutor:
                     self._decodes(answer, answer.last_beat + 1)
 
     def _draw(self, plan: StepPlan) -> dict[RequestId, Sampled]:
-        """Who draws a stop token. `_beats` counts those of this plan too."""
-        stopped = {work.request_id: _STOP for work in plan.others if work.sample and self._draws_alone(work.request_id)}
+        """Who draws a stop token, or several tokens. `_beats` counts those of this plan too."""
+        alone = {work.request_id: self._draws_alone(work) for work in plan.others if work.sample}
+        drawn = {request_id: sampled for request_id, sampled in alone.items() if sampled is not None}
         ending = plan.beat is not None or len(plan.lanes) == 1  # a beat that is under way in another lane is not over
         while ending and self._ends and self._ends[0][0] < self._beats:
             end = heappop(self._ends)
             if self._holds(end):
-                stopped[end[2].request_id] = _STOP
-        return stopped
+                drawn.setdefault(end[2].request_id, _STOP)
+        return drawn
 
-    def _draws_alone(self, request_id: RequestId) -> bool:
-        """One token outside the beat. Whether it is the last one."""
-        answer = self._answers[request_id]
+    def _draws_alone(self, work: Work) -> Sampled | None:
+        """A token outside the beat, and one for every draft that is right; None if that is one, and not the last."""
+        answer, accepted = self._answers[work.request_id], 0
         left = answer.left if answer.last_beat is None else answer.last_beat - self._beats + 1
-        self._decodes(answer, self._beats + left - 2)
-        return left == 1
+        if work.drafts and self._acceptance is not None:
+            position = work.start + work.tokens - len(work.drafts)
+            accepted = self._acceptance.accepted(work.request_id, position, len(work.drafts))
+        tokens = min(accepted + 1, left)
+        self._decodes(answer, self._beats + left - tokens - 1)
+        if tokens == left:
+            return Sampled((*work.drafts[: tokens - 1], STOP_TOKEN))
+        return None if tokens == 1 else Sampled((*work.drafts[: tokens - 1], ANSWER_TOKEN))
 
     def _decodes(self, answer: _Answer, last_beat: int) -> None:
         answer.last_beat = last_beat

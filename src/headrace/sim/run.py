@@ -12,7 +12,7 @@ import asyncio
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import overload
 
@@ -25,6 +25,7 @@ from headrace.engine.loop import Engine
 from headrace.engine.policy import Policies, choose
 from headrace.engine.scheduler import Scheduler
 from headrace.sim.cost.batch import CostModel
+from headrace.sim.drafts import Acceptance, guesses
 from headrace.sim.executor import SimulatedExecutor
 from headrace.sim.feed import Feed
 from headrace.sim.stats import Stats, Totals
@@ -69,6 +70,7 @@ class Site:
     policies: Choose = choose  # makes those of each replica; by default as its settings say
     max_new_tokens: int = 1 << 14  # for arrivals that name no limit
     slo: SLO | None = None  # for arrivals that name none
+    acceptance: Acceptance | None = None  # of drafts, where the settings ask for some
 
 
 @dataclass(slots=True)
@@ -106,9 +108,17 @@ class _Replica:
         self.stats = Stats(site.slo)
         self._feed = feed
         self._more = more
-        spent = self.stats.totals.spent
-        self._executor = SimulatedExecutor(site.capacity, site.cost, feed.lengths, windows=site.windows, spent=spent)
+        self._executor = SimulatedExecutor(
+            site.capacity,
+            site.cost,
+            feed.lengths,
+            windows=site.windows,
+            spent=self.stats.totals.spent,
+            acceptance=site.acceptance,
+        )
         policies = site.policies(site.settings, feed.lengths)
+        if policies.drafter is not None and site.acceptance is not None:
+            policies = replace(policies, drafter=guesses)  # no text has values here
         scheduler = Scheduler(
             site.settings, site.capacity, token_budget=site.token_budget, observer=self, policies=policies
         )

@@ -26,6 +26,7 @@ from headrace.sim.cost.batch import CostModel, batch_of, windows_of
 from headrace.sim.cost.conventions import CONVENTIONS, Convention
 from headrace.sim.cost.divided import Divided
 from headrace.sim.cost.placement import BadPlacement, Formats, Parallel, Placement
+from headrace.sim.drafts import parse_acceptance
 from headrace.sim.executor import MOST_STEPS
 from headrace.sim.hardware import Topology, device, link
 from headrace.sim.hfconfig import from_hf
@@ -78,7 +79,9 @@ class Scenario:
 
     def site(self) -> Site:
         """Raises UnknownName, UnreadableConfig, BadPlacement, BadSetting, BadCalibration."""
-        return _calibrated(self, self.simulate.calibration) if self.simulate.calibration else _catalogued(self)
+        site = _calibrated(self, self.simulate.calibration) if self.simulate.calibration else _catalogued(self)
+        seed = self.traffic[0].seed
+        return replace(site, acceptance=parse_acceptance(self.simulate.draft_acceptance, seed))
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self, enc_hook=str)

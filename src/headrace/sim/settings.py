@@ -37,6 +37,9 @@ class SimulateSettings:
     calibration: Path | None = setting(None, "price steps by this file of `headrace calibrate`, and not by catalogue")
     strict: bool = setting(False, "refuse steps beyond what was calibrated, instead of marking them in the report")
     attain: float = setting(0.99, "share of the requests that must keep every promise of --slo; 0.99 is their p99")
+    draft_acceptance: str = setting(
+        "0.7", "chance that a draft of --speculate is right: 0.7, by place in the step 0.8,0.6, by request 0.2:0.9"
+    )
     fast_forward: bool = setting(True, "many decode steps at once, with the same results")
 
     def __post_init__(self) -> None:

@@ -85,6 +85,9 @@ def headline(site: Site, report: Report) -> list[tuple[str, str]]:
     ]
     if totals.cached_tokens:
         rows.append(("prefix cache", f"{totals.cached_tokens / totals.queried_tokens:.1%} of prompt tokens found"))
+    if totals.drafted_tokens:
+        right = totals.accepted_tokens / totals.drafted_tokens
+        rows.append(("drafts", f"{totals.drafted_tokens:,} tokens, {right:.1%} accepted"))
     if totals.preemptions:
         rows.append(("preemptions", f"{totals.preemptions:,}, {totals.lost_tokens:,} tokens lost"))
     if totals.spent.joules and totals.output_tokens:
@@ -200,6 +203,8 @@ def numbers(totals: Totals) -> dict[str, float | None]:
         **{f"{name}/s": per_s[name] for name in ("requests", "good requests", "output tokens", "prompt tokens")},
         "SLO kept": attained(totals),
         "preemptions": totals.preemptions,
+        "drafted tokens": totals.drafted_tokens,
+        "accepted tokens": totals.accepted_tokens,
         "cached prompt tokens": totals.cached_tokens,
         "steps": totals.steps,
         "busy s": totals.busy_s,

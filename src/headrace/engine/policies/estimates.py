@@ -15,6 +15,8 @@ _BASE_TOKENS = 16  # before anything is known: a step takes as long as so many t
 _CONTEXT_TOKENS = 1000  # and so much context costs at most about as much as a token
 _NOISE = 0.1  # of a duration
 _DRIFT = 0.02  # of what was believed at first, in one step
+_DOUBT = 0.5  # standard deviations that a token is taken to cost more than is known
+_LEAST = 1e-3  # of what was believed at first: a token is never free
 _MOST_SIGMAS = 3.0  # a step that took longer was held up by something else
 
 
@@ -38,34 +40,39 @@ class StepTime:
         return base + token * tokens + each * context + drafting * drafts
 
     def seconds_per_token(self, context: int) -> float:
-        return self._mean[1] + self._mean[2] * context
+        """What one more token costs, with a doubt: as long as that is not known, drafts should be cheap to be tried."""
+        return self._mean[1] + _DOUBT * sqrt(self._covariance[1][1]) + self._mean[2] * context
 
     def learn(self, tokens: int, context: float, drafts: bool, seconds: float) -> None:
         """A step of these took so long."""
         if not self._sigma[0]:
             self._begin(seconds / (tokens + _BASE_TOKENS))
-        seen = (1.0, float(tokens), context, float(drafts))
+        self._absorb((1.0, float(tokens), context, float(drafts)), seconds, _NOISE * seconds)
+        for at, least in enumerate((0.0, _LEAST * self._sigma[1], 0.0, 0.0)):
+            if self._mean[at] < least:  # it is at least that: what it took too little, the others have too much
+                self._absorb(tuple(float(at == other) for other in range(4)), least, 1e-3 * self._sigma[at])
+                self._mean[at] = least
+        for at, sigma in enumerate(self._sigma):
+            row = self._covariance[at]
+            row[at] = min(row[at] + (_DRIFT * sigma) ** 2, sigma**2)
+
+    def _absorb(self, seen: tuple[float, ...], value: float, noise: float) -> None:
         covariance, mean = self._covariance, self._mean
         spread = [sum(map(mul, row, seen)) for row in covariance]
-        variance = sum(map(mul, spread, seen)) + (_NOISE * seconds) ** 2
+        variance = sum(map(mul, spread, seen)) + noise**2
         most = _MOST_SIGMAS * sqrt(variance)
-        surprise = max(-most, min(most, seconds - sum(map(mul, mean, seen))))
+        surprise = max(-most, min(most, value - sum(map(mul, mean, seen))))
         for at, own in enumerate(spread):
-            mean[at] = max(self._least(at), mean[at] + own / variance * surprise)
+            mean[at] += own / variance * surprise
             row = covariance[at]
             for other, theirs in enumerate(spread):
                 row[other] -= own * theirs / variance
-            row[at] = min(row[at] + (_DRIFT * self._sigma[at]) ** 2, self._sigma[at] ** 2)
 
     def _begin(self, token_s: float) -> None:
         self._mean = [_BASE_TOKENS * token_s, token_s, 0.0, 0.0]
         self._sigma = [_BASE_TOKENS * token_s, token_s, token_s / _CONTEXT_TOKENS, _BASE_TOKENS * token_s / 2]
         for at, sigma in enumerate(self._sigma):
             self._covariance[at][at] = sigma**2
-
-    def _least(self, at: int) -> float:
-        """No coefficient is negative, and a token is never free."""
-        return 1e-3 * self._sigma[1] if at == 1 else 0.0
 
 
 _HOPE = 0.6  # of a draft of which nothing is known

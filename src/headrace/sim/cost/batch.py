@@ -142,7 +142,8 @@ def batch_of_plan(plan: StepPlan, windows: tuple[int, ...] = ()) -> Batch:
 
 
 def _of_work(works: Sequence[Work], windows: tuple[int, ...]) -> Batch:
-    return batch_of([(work.start, work.tokens) for work in works], sum(work.sample for work in works), windows)
+    sampled = sum(len(work.drafts) + 1 for work in works if work.sample)
+    return batch_of([(work.start, work.tokens) for work in works], sampled, windows)
 
 
 Cut = tuple[tuple[float, Batch], ...]  # (share of the layers, what they compute); who samples is in one of them
