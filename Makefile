@@ -4,6 +4,7 @@
 # make test      the default tests: no GPU, no network, some minutes
 # make accuracy  the simulator against the live engine on this machine, ten minutes, alone
 # make peers     llama.cpp and OpenVINO in an environment of their own, for benchmarks/peers.py; some minutes
+# make clients   the official clients, each in an environment of its own, against a real server
 # make check     ruff, mypy --strict, the rooms and the sizes
 PYTHON ?= python3
 PORT ?= 8000
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install native serve test test-slow accuracy peers check docs clean
+.PHONY: install native serve test test-slow accuracy peers clients check docs clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/installed
@@ -42,6 +43,10 @@ accuracy: install
 
 peers:
 	@scripts/phase "set up the peers" scripts/peers $(PEERS) $(PYTHON)
+
+clients: install
+	@scripts/phase "install the clients" scripts/client_environments $(PYTHON) tests/clients/environments.txt .venv-clients
+	@scripts/phase "the clients" $(BIN)/python tests/clients/run.py .venv-clients
 
 check: install
 	@scripts/phase "ruff" $(BIN)/ruff check .

@@ -153,7 +153,7 @@ def main() -> int:
     parser.add_argument("--ttft", action="store_true")
     parser.add_argument("--requests", type=int, default=100)
     args = parser.parse_args()
-    flags = [args.model, "--kv-memory", "400MiB", "--max-context", "1024", "--embedding-model", "none"]
+    flags = [args.model, "--kv-memory", "400MiB", "--max-context", "512", "--embedding-model", "none"]
     if args.ttft:
         alone, with_batch, lines = beside(flags, args.requests)
         print(f"TTFT p99: {1000 * alone:.0f} ms alone, {1000 * with_batch:.0f} ms beside a batch")

@@ -248,6 +248,7 @@ async def ask(
     sent: list[dict[str, Any]] = []
     unread = [{"type": "http.request", "body": body, "more_body": False}]
     names = {"host": "localhost", "content-type": "application/json"} | (headers or {})
+    path, _, query = path.partition("?")
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -255,7 +256,7 @@ async def ask(
         "method": method,
         "path": path,
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query.encode(),
         "headers": [(name.encode(), value.encode("latin-1")) for name, value in names.items()],
     }
 

@@ -62,6 +62,7 @@ Item = OutputMessage | OutputReasoning | OutputCall
 
 class InputDetails(Struct):
     cached_tokens: int
+    cache_write_tokens: int = 0  # nobody pays for them here
 
 
 class OutputDetails(Struct):
