@@ -30,6 +30,7 @@ MAY_IMPORT = {  # room -> the rooms below it that it may know
 ONLY_IN = {  # a package -> the places that may import it
     "torch": {"device"},
     "safetensors": {"device"},
+    "llguidance": {"device"},
     "huggingface_hub": {"device"},
     "psutil": {"device"},
     "starlette": {"gateway"},

@@ -232,7 +232,7 @@ BAD = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///"}}]}]},
         "messages",
     ),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f!"}}]}, "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"extra_body": {"min_p": 1.5}}, "min_p"),
     ({"extra_body": {"best_off": 1}}, "best_off"),

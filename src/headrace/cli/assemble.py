@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.core import clock, config
-from headrace.core.config import DeviceSettings, EngineSettings
+from headrace.core.config import DeviceSettings, EngineSettings, GatewaySettings
 from headrace.core.metrics import Metrics
 from headrace.core.ports import Executor, Observer
 
 if TYPE_CHECKING:
     from headrace.device.checkpoint import Checkpoint
+    from headrace.device.grammar import Grammars
     from headrace.device.load import Loaded
     from headrace.engine.loop import Engine
     from headrace.gateway.text import Text
@@ -75,6 +76,7 @@ class Assembled:
     loaded: Loaded
     token_budget: int
     checkpoint: Checkpoint
+    grammars: Grammars
 
 
 def assemble(
@@ -83,9 +85,12 @@ def assemble(
     phase: Phases,
     served_name: str | None = None,
     watched: Watched = lambda executor, observer, settings, token_budget: (executor, observer),
+    gateway: GatewaySettings = GatewaySettings(),  # noqa: B008
 ) -> Assembled:
     """Load the model named on the command line and put a scheduler in front of it. `watched` may wrap the executor and
     the observer, to record what passes."""
+    from headrace.device.control import Controls
+    from headrace.device.grammar import Grammars, Vocabulary
     from headrace.device.load import MOST_STEP_TOKENS, load
     from headrace.engine.loop import Engine
     from headrace.engine.policies.batch import COHORT_TOKENS
@@ -103,8 +108,12 @@ def assemble(
     scheduler = Scheduler(engine_settings, executor.capacity, token_budget=budget, observer=observer)
     name = served_name or (checkpoint.name if Path(args.model).exists() else args.model)
     engine = Engine(name, scheduler, executor)
+    text = text_of(checkpoint, gateway)
+    vocabulary = Vocabulary(text.names, text.special_ids, text.eos_token_ids, text.plain_ids)
+    grammars = Grammars(vocabulary)
+    loaded.executor.controls = Controls(grammars, loaded.executor.capacity.vocab)
     phase.done()
-    return Assembled(name, engine, text_of(checkpoint), metrics, loaded, budget, checkpoint)
+    return Assembled(name, engine, text, metrics, loaded, budget, checkpoint, grammars)
 
 
 def open_model(model: str, phase: Phases) -> Checkpoint:
@@ -117,7 +126,7 @@ def open_model(model: str, phase: Phases) -> Checkpoint:
     return open_checkpoint(path)
 
 
-def text_of(checkpoint: Checkpoint) -> Text:
+def text_of(checkpoint: Checkpoint, settings: GatewaySettings) -> Text:
     from headrace.gateway.text import Text
 
     return Text(
@@ -130,6 +139,8 @@ def text_of(checkpoint: Checkpoint) -> Text:
         },
         eos_token_ids=checkpoint.eos_token_ids,
         add_bos=checkpoint.add_bos,
+        tool_parser=settings.tool_parser,
+        reasoning=settings.reasoning,
     )
 
 

@@ -16,6 +16,7 @@ from headrace.core.config import GatewaySettings
 if TYPE_CHECKING:
     from headrace.engine.embedding import Batcher
     from headrace.gateway.card import Card
+    from headrace.gateway.checks import Checks
     from headrace.gateway.embedding import Words
     from headrace.gateway.endpoints import Extras
     from headrace.gateway.state.database import Database
@@ -37,7 +38,8 @@ def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases) 
     batcher, words, cards = found if found else (None, None, ())
     database = open_database(assembled.name, settings)
     phase.done()
-    return Beside(Extras(batcher, words, database, (card_of(assembled), *cards)), batcher)
+    checks = Checks(assembled.grammars.check, settings.grammar_timeout_s)
+    return Beside(Extras(batcher, words, database, (card_of(assembled), *cards), checks), batcher)
 
 
 def open_embedding(

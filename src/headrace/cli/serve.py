@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     phase = Phases()
     print(f"headrace serve {args.model}", file=sys.stderr)
     with Recordings(settings.record, settings.record_plans) as recordings:
-        assembled = assemble(args, toml, phase, settings.served_name, recordings.watched)
+        assembled = assemble(args, toml, phase, settings.served_name, recordings.watched, settings)
         beside = open_beside(assembled, settings, phase)
         print(summary(assembled, phase), file=sys.stderr)
         return clock.run(_serve(assembled, beside, settings, recordings))

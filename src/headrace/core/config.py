@@ -168,6 +168,13 @@ class GatewaySettings:
     max_file: Bytes = setting(Bytes(100 << 20), "largest file that may be uploaded")
     max_stored: Bytes = setting(Bytes(4 << 30), "largest size of all files together")
     batch_requests: int = setting(8, "requests of batches that are computed side by side, behind all others")
+    tool_parser: str = setting(
+        "auto", "how the model calls tools: hermes, mistral or llama3; auto: as its chat template says"
+    )
+    reasoning: str = setting(
+        "auto", "how the model marks its reasoning: think, mistral or none; auto: as its chat template says"
+    )
+    grammar_timeout_s: float = setting(5.0, "seconds that compiling one schema or grammar may take")
     drain_timeout_s: float = setting(30.0, "seconds that running requests get after SIGTERM")
     record: Path | None = setting(
         None, "write when requests came, how long they were and what they shared to this file, never what they said"

@@ -194,3 +194,4 @@ class StepResult(NamedTuple):
     prompt_logprobs: Mapping[RequestId, tuple[TokenLogprob, ...]] = MappingProxyType({})
     others_drew: int | None = None  # the token of every row that samples and is not in `sampled`, if there may be such
     run: Run | None = None  # the repetitions and their durations; None: one, which took as long as it took
+    failed: Mapping[RequestId, str] = MappingProxyType({})  # who sampled and cannot go on, and why

@@ -159,6 +159,7 @@ class FinishReason(StrEnum):
     ABORT = "abort"  # the client went away or said so
     DEADLINE = "deadline"
     ERROR = "error"  # the step failed; the message says why
+    INVALID = "invalid"  # it cannot be served as it is, which showed only now; the message says why
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,4 +188,4 @@ class Output(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # for prompt positions 1.., in order, as chunks complete
     finish: FinishReason | None = None  # set on the last output only
     usage: Usage | None = None  # with `finish`
-    error: str | None = None  # with FinishReason.ERROR
+    error: str | None = None  # with FinishReason.ERROR and INVALID

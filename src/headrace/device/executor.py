@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice, pairwise
+from itertools import chain, islice, pairwise, repeat
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from headrace.core.shape import ModelShape
 from headrace.core.step import Admitted, Sampled, StepPlan, StepResult, Work
 from headrace.core.types import InvalidRequest, Request, RequestId, Sampling, TokenLogprob, Tokens
 from headrace.device.attention import Rows
+from headrace.device.control import Bits, Controls, SequenceController
 from headrace.device.sampler import Row, describe, joined, sample
 
 _LOGIT_ROWS = 64  # rows of logits computed at once for prompt log-probabilities and drafts: bounds their memory
@@ -37,6 +38,7 @@ class _Sequence:
     prompt_tokens: int
     row: Row
     blocks: list[int]
+    control: SequenceController | None = None
     states: Tensor | None = None  # [tokens, hidden] of work that went through some layers and not through the last
     table: np.ndarray = field(init=False)  # `blocks` as int64, rebuilt when they change
 
@@ -56,6 +58,8 @@ class _Sequence:
         for token in tokens:
             self.ids.append(token)
             self.row.drew(token)
+        if self.control is not None:
+            self.control.drew(tokens)
 
     def cut(self, blocks: int) -> None:
         """Those after the first so many held nothing but drafts."""
@@ -89,8 +93,11 @@ class ModelExecutor:
     """An `Executor` for one model on one device, whatever computes its layers."""
 
     def __init__(self, forward: Forward, capacity: Capacity, thread: ThreadPoolExecutor | None = None) -> None:
-        """Steps run on `thread`, which has one worker and should be the one that loaded the model: torch keeps a team
+        """`controls` may be set before the first plan; without them, no request may have a grammar or think.
+
+        Steps run on `thread`, which has one worker and should be the one that loaded the model: torch keeps a team
         of compute threads per calling thread, and two teams on the same cores slow each other's barriers by half."""
+        self.controls: Controls | None = None
         self._forward = forward
         self._capacity = capacity
         self._sequences: dict[RequestId, _Sequence] = {}
@@ -121,6 +128,8 @@ class ModelExecutor:
 
     async def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+        if self.controls is not None:
+            self.controls.close()
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
@@ -130,8 +139,12 @@ class ModelExecutor:
             self._update(plan, works)
             if not works:
                 return StepResult(plan.step, {})
+            masks = self._begin_masks(works)
             computed, hidden = self._compute(works)
-            return StepResult(plan.step, self._sample(computed, hidden), self._prompt_logprobs(computed, hidden))
+            allowed = masks.result() if masks else {}
+            sampled = self._sample(computed, hidden, allowed)
+            failed = self._failed(allowed)
+            return StepResult(plan.step, sampled, self._prompt_logprobs(computed, hidden), failed=failed)
         except BaseException:
             self._sequences.clear()
             raise
@@ -161,7 +174,7 @@ class ModelExecutor:
         for request_id in plan.released:
             self._sequences.pop(request_id, None)
         for admitted in plan.admitted:
-            self._sequences[admitted.request.id] = _remember(admitted)
+            self._sequences[admitted.request.id] = self._remember(admitted)
         for work in works:
             sequence = self._sequences[work.request_id]
             if work.replaced_blocks:
@@ -214,7 +227,34 @@ class ModelExecutor:
             raise RuntimeError("the plan goes on in the middle of the layers with tokens that did not come there")
         return torch.cat(parts)
 
-    def _sample(self, works: Sequence[Work], hidden: Tensor) -> dict[RequestId, Sampled]:
+    def _begin_masks(self, works: Sequence[Work]) -> Future[dict[RequestId, list[Bits | None]]] | None:
+        """Which tokens may be drawn by those who draw and may not draw everything, computed beside what follows."""
+        wanted = {}
+        for work in works:
+            control = self._sequences[work.request_id].control
+            if work.sample and control is not None:
+                wanted[work.request_id] = (control, work.drafts)
+        return self.controls.begin(wanted) if wanted and self.controls else None
+
+    def _failed(self, asked: Iterable[RequestId]) -> dict[RequestId, str]:
+        """Who of them cannot go on, and why."""
+        controls = {request_id: self._sequences[request_id].control for request_id in asked}
+        return {name: control.failure for name, control in controls.items() if control and control.failure}
+
+    def _remember(self, admitted: Admitted) -> _Sequence:
+        request = admitted.request
+        prompt = request.prompt_ids()
+        if prompt is None:
+            raise InvalidRequest("a real model needs the prompt's tokens, not only their number", "prompt")
+        if self.controls is None and (request.grammar or request.thinking):
+            raise InvalidRequest("this executor holds no answers to a grammar or to a budget")
+        control = self.controls.of(request, admitted.output_ids) if self.controls else None
+        row = Row.of(request.sampling, prompt, admitted.output_ids)
+        return _Sequence([*prompt, *admitted.output_ids], len(prompt), row, list(admitted.blocks), control)
+
+    def _sample(
+        self, works: Sequence[Work], hidden: Tensor, allowed: Mapping[RequestId, list[Bits | None]]
+    ) -> dict[RequestId, Sampled]:
         """Draw a token for every work that asks, from the logits of its last known row, and one after each draft. What
         is drawn after a draft counts if that draft itself was drawn: the tokens are those of one step after another.
         """
@@ -223,7 +263,10 @@ class ModelExecutor:
             end += work.tokens
             if work.sample:
                 wanted += range(end - len(work.drafts) - 1, end)
-                rows += self._sequences[work.request_id].row.with_drafts(work.drafts)
+                own = self._sequences[work.request_id].row.with_drafts(work.drafts)
+                for row, bits in zip(own, allowed.get(work.request_id) or repeat(None), strict=False):
+                    row.allowed = bits
+                rows += own
         drawing = [work for work in works if work.sample]
         at_once = max(len(drawing), _LOGIT_ROWS)  # no more logits in memory than without drafts
         drawn = chain.from_iterable(
@@ -272,12 +315,3 @@ def _by_request(works: Sequence[Work], x: Tensor) -> dict[RequestId, Tensor]:
 def one_thread() -> ThreadPoolExecutor:
     """The thread that all of one model's tensor work belongs to."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="headrace-step")
-
-
-def _remember(admitted: Admitted) -> _Sequence:
-    prompt = admitted.request.prompt_ids()
-    if prompt is None:
-        raise InvalidRequest("a real model needs the prompt's tokens, not only their number", "prompt")
-    ids = [*prompt, *admitted.output_ids]
-    row = Row.of(admitted.request.sampling, prompt, admitted.output_ids)
-    return _Sequence(ids, len(prompt), row, list(admitted.blocks))

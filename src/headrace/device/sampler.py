@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class Row:
     position: int = 0  # how many output tokens it has
     prompt: frozenset[int] = frozenset()
     output: Counter[int] = field(default_factory=Counter)
+    allowed: np.ndarray | None = None  # [ceil(vocab / 32)] int32: a bit for each token that may be drawn; None: all
 
     @classmethod
     def of(cls, sampling: Sampling, prompt_ids: Iterable[int], output_ids: Sequence[int]) -> Row:
@@ -62,6 +64,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     """Draw one token per row of `logits` [R, vocab] float32. Does not change `rows`; may overwrite `logits`."""
     raw = _logprob_rows(logits, rows)
     _penalise(logits, rows)
+    _forbid(logits, rows)
     tokens = _draw(logits, [row.sampling for row in rows], [row.position for row in rows])
     return [
         Sampled((token,), (describe(raw[index], token, row.sampling.logprobs or 0),) if index in raw else ())
@@ -110,6 +113,21 @@ def _penalise(logits: Tensor, rows: Sequence[Row]) -> None:
     if added:
         where, amount = _entries(added, logits)
         logits.index_put_(where, amount, accumulate=True)
+
+
+def _forbid(logits: Tensor, rows: Sequence[Row]) -> None:
+    """Give tokens that are not allowed no chance, in place."""
+    which = [index for index, row in enumerate(rows) if row.allowed is not None]
+    if not which:
+        return
+    packed = np.stack([row.allowed for row in rows if row.allowed is not None]).view(np.uint8)
+    bits = np.unpackbits(packed, axis=1, count=logits.shape[-1], bitorder="little")
+    forbidden = torch.from_numpy(bits).to(logits.device) == 0
+    if len(which) == len(rows):
+        logits.masked_fill_(forbidden, -torch.inf)
+    else:
+        for index, row in zip(which, forbidden, strict=True):
+            logits[index].masked_fill_(row, -torch.inf)
 
 
 def _entries(entries: list[tuple[int, int, float]], like: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:

@@ -211,7 +211,8 @@ class Scheduler:
             return outputs + self._end(self._stopped(step, result), ended, now)
         for progress, sampled in kept.items():
             progress.output_ids += sampled.token_ids[:-1]
-        return outputs + self._append([*members, *drawing], drawn, ended, now)
+        outputs += self._append([*members, *drawing], drawn, ended, now)
+        return outputs + self._refused(result, now) if result.failed else outputs
 
     def advance(self, run: Run) -> None:
         """The step in flight has been repeated like this, and the next repetition is in progress: what happens now
@@ -305,6 +306,11 @@ class Scheduler:
                 progress.logprobs_sent += len(logprobs)
                 outputs.append(Output(progress.id, prompt_logprobs=tuple(logprobs)))
         return outputs
+
+    def _refused(self, result: StepResult, now: float) -> list[Output]:
+        """End those who cannot go on after this step."""
+        here = [(self._lines.live[name], why) for name, why in result.failed.items() if name in self._lines.live]
+        return [self._finish(progress, FinishReason.INVALID, now, why) for progress, why in here]
 
     def _went_by(self, step: Step, run: Run, now: float, drew: int) -> None:
         used_block_s = self._planner.repeat(run)

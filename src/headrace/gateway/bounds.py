@@ -72,16 +72,6 @@ IGNORED = frozenset(
 
 # Refused by name, unless absent, null, or one of the values that ask for nothing.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "reasoning_effort": ("none",),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),

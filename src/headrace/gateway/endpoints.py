@@ -18,6 +18,7 @@ from headrace.core.ports import Embedder, Service
 from headrace.gateway import openai, replies
 from headrace.gateway.card import Card
 from headrace.gateway.chain import Call, logged
+from headrace.gateway.checks import Checks
 from headrace.gateway.dialects import anthropic, anthropic_reply, embeddings, ollama, ollama_pages, responses, tokens
 from headrace.gateway.dialects.ollama_reply import Error as OllamaError
 from headrace.gateway.dialects.ollama_reply import error_body as ollama_error
@@ -45,8 +46,11 @@ class Extras:
     words: Words | None = None  # the embedder's tokenizer
     database: Database | None = None
     cards: tuple[Card, ...] = ()
+    checks: Checks | None = None  # what compiles grammars; None: no answer is held to one
 
     def close(self) -> None:
+        if self.checks is not None:
+            self.checks.close()
         if self.words is not None:
             self.words.close()
         if self.database is not None:
@@ -92,7 +96,7 @@ class Endpoints:
 
 
 def _handlers(service: Service, text: Text, extras: Extras, cards: Sequence[Card]) -> Mapping[str, Callable[..., Any]]:
-    generate = logged(Generation(service, text))
+    generate = logged(Generation(service, text, extras.checks))
     tokenize = Tokenization(text)
     embed = _embedding(extras)
     memory = Responses(extras.database) if extras.database else None

@@ -12,26 +12,28 @@ from dataclasses import dataclass, replace
 
 from headrace.core import clock, keys
 from headrace.core.ports import Capacity, Service
-from headrace.core.types import FinishReason, Output, Request, Sampling, Tokens, Unavailable, Usage
-from headrace.gateway.chain import Began, Call, Chat, Ended, Event, Piece, closing, merged
+from headrace.core.types import (
+    FinishReason,
+    Grammar,
+    Output,
+    Request,
+    Sampling,
+    Thinking,
+    Tokens,
+    Unavailable,
+    Usage,
+)
+from headrace.gateway.bounds import MAX_TOKEN_ID
+from headrace.gateway.chain import Began, Call, Chat, Ended, Event, Piece, Tools, closing, merged
+from headrace.gateway.checks import Checks
+from headrace.gateway.draft import Draft, Tally
 from headrace.gateway.errors import Refused, bad, internal
+from headrace.gateway.speech.answer import Answer
+from headrace.gateway.speech.demand import held_to
 from headrace.gateway.text import INLINE_CHARS, Text
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: seeds of choices lie far apart
 _SEEDS = 1 << 63
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What one choice used."""
-
-    output_tokens: int = 0
-    cached_tokens: int = 0
-    preemptions: int = 0
-
-    def note(self, usage: Usage | None) -> None:
-        if usage is not None:
-            self.cached_tokens, self.preemptions = usage.cached_tokens, usage.preemptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +42,15 @@ class Generation:
 
     service: Service
     text: Text
+    check: Checks | None = None  # None: the service holds no answer to a grammar or to a budget
 
     async def __call__(self, call: Call) -> AsyncIterator[Event]:
-        prompts = await self._encode(call)
-        requests = await self._requests(call, prompts)
-        tallies = [_Tally() for _ in requests]
-        streams = [self._choice(at, request, call, tallies[at]) for at, request in enumerate(requests)]
+        demand = await self._demand(call)
+        prompts, begun = await self._encode(call)
+        thinking = self._thinking(call, demand, begun)
+        requests = await self._requests(call, prompts, demand, thinking)
+        tallies = [Tally() for _ in requests]
+        streams = [self._choice(at, request, call, begun, tallies[at]) for at, request in enumerate(requests)]
         began = False
         async with closing(merged(streams)) as pieces:
             async for piece in pieces:
@@ -53,19 +58,41 @@ class Generation:
                     began = True
                     yield Began(tuple(prompts))
                 yield piece
-        yield Ended(_total(prompts, tallies))
+        yield Ended(_total(prompts, tallies), sum(tally.reasoning_tokens for tally in tallies))
 
-    async def _encode(self, call: Call) -> list[tuple[int, ...]]:
-        capacity = self.service.status().capacity
+    async def _demand(self, call: Call) -> Grammar | None:
+        """What the answer is held to, compiled once so that it is known to be usable. Raises Refused."""
+        tools = call.asked.tools if isinstance(call.asked, Chat) else Tools()
+        demand = held_to(call.grammar, tools, self.text.style.calls, self.text.token_of)
+        if demand is None:
+            return None
+        if self.check is None:
+            raise bad("This server holds no answer to a grammar or a schema.", "response_format")
+        await self.check(demand, "tools" if call.grammar is None else "response_format")
+        return demand
+
+    def _thinking(self, call: Call, demand: Grammar | None, begun: bool) -> Thinking | None:
+        """Known to the executor only where it has something to do."""
+        if not isinstance(call.asked, Chat):
+            return None
+        thinking = self.text.thinking(begun, call.thinking_tokens)
+        if thinking is None and call.thinking_tokens is not None:
+            raise bad("This model does not mark its reasoning, so a budget for it has no meaning.", "thinking_budget")
+        return thinking if self.check and (demand or call.thinking_tokens is not None) else None
+
+    async def _encode(self, call: Call) -> tuple[list[tuple[int, ...]], bool]:
+        """The prompts, and whether they end inside the reasoning."""
+        capacity, begun = self.service.status().capacity, False
         if isinstance(call.asked, Chat):
             chars = sum(len(message["content"]) for message in call.asked.messages)
             _check_length(self.text.fewest_tokens(chars), call, capacity, "messages")
-            prompts = [await self.text.encode_chat(call.asked)]
+            prompt, begun = await self.text.prompted(call.asked)
+            prompts = [prompt]
         else:
             prompts = [await self._encode_one(prompt, call, capacity) for prompt in call.asked]
         for prompt in prompts:
             _check_length(len(prompt), call, capacity, "messages" if isinstance(call.asked, Chat) else "prompt")
-        return prompts
+        return prompts, begun
 
     async def _encode_one(self, prompt: str | tuple[int, ...], call: Call, capacity: Capacity) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -77,7 +104,9 @@ class Generation:
             raise bad(f"The prompt has a token id beyond the vocabulary of {capacity.vocab} tokens.", "prompt")
         return prompt
 
-    async def _requests(self, call: Call, prompts: list[tuple[int, ...]]) -> list[Request]:
+    async def _requests(
+        self, call: Call, prompts: list[tuple[int, ...]], demand: Grammar | None, thinking: Thinking | None
+    ) -> list[Request]:
         capacity = self.service.status().capacity
         for token_id in (*call.stop_token_ids, *(token_id for token_id, _ in call.sampling.logit_bias)):
             if token_id >= capacity.vocab:
@@ -90,7 +119,11 @@ class Generation:
             block_keys = await self._block_keys(prompt, capacity.block_tokens, salt)
             for choice in range(call.choices):
                 request_id = f"{call.id}-{len(requests)}" if many else call.id
-                requests.append(self._request(request_id, call, prompt, choice, block_keys, salt))
+                request = self._request(request_id, call, prompt, choice, block_keys, salt)
+                requests.append(replace(request, grammar=demand, thinking=thinking))
+        if demand is not None:  # a complete answer ends, whatever the client says about end tokens
+            ends = self.text.eos_token_ids
+            requests = [replace(one, stop_token_ids=one.stop_token_ids | ends) for one in requests]
         return requests
 
     async def _block_keys(self, prompt: tuple[int, ...], block_tokens: int, salt: bytes) -> tuple[int, ...]:
@@ -113,7 +146,7 @@ class Generation:
             id=request_id,
             prompt=(Tokens(prompt),),
             arrival_s=now_s,
-            max_new_tokens=left if call.max_new_tokens is None else call.max_new_tokens,
+            max_new_tokens=min(left if call.max_new_tokens is None else call.max_new_tokens, self._most(call)),
             sampling=_reseeded(sampling, choice) if choice else sampling,
             stop_token_ids=call.stop_token_ids | (frozenset() if call.ignore_eos else self.text.eos_token_ids),
             block_keys=block_keys,
@@ -124,45 +157,41 @@ class Generation:
             deadline_s=None if call.deadline_s is None else now_s + call.deadline_s,
         )
 
-    async def _choice(self, at: int, request: Request, call: Call, tally: _Tally) -> AsyncIterator[Piece]:
+    def _most(self, call: Call) -> int:
+        """Tokens that the budgets allow altogether: admission counts on no more."""
+        if call.thinking_tokens is None or call.answer_tokens is None or self.check is None:
+            return MAX_TOKEN_ID
+        thinking = self.text.thinking(True, call.thinking_tokens)
+        closing = len(thinking.closing_ids) + 1 if thinking else 0  # and the opening mark
+        return call.thinking_tokens + closing + call.answer_tokens
+
+    async def _choice(self, at: int, request: Request, call: Call, begun: bool, tally: Tally) -> AsyncIterator[Piece]:
         """Pieces of one choice, the last one with `finish`."""
-        transcript = self.text.transcript(call.stop)
+        draft = self._draft(at, request, call, begun, tally)
         async with closing(self.service.generate(request)) as outputs:
             async for output in outputs:
-                tally.note(output.usage)
                 _check_finish(output)
-                token_ids = output.token_ids
-                if output.finish is FinishReason.STOP and token_ids and token_ids[-1] in request.stop_token_ids:
-                    token_ids = token_ids[:-1]  # a stop token ends the text and is not part of it
-                read = transcript.tokens
-                text = transcript.push(token_ids, output.logprobs[: len(token_ids)])
-                # of tokens that came at once, those behind a stop string are as if they had never been drawn
-                tally.output_tokens += transcript.tokens - read if transcript.stopped else len(output.token_ids)
-                if output.finish is not None:
-                    text += transcript.end()
-                if transcript.stopped:
+                piece = draft.add(output)
+                if piece is not None:
+                    yield piece
+                if draft.ended is not None:
                     break
-                every = output.finish is not None
-                logprobs = transcript.logprobs(all_of_them=every) if output.logprobs or every else ()
-                if text or logprobs or output.prompt_logprobs or every:
-                    yield Piece(
-                        at,
-                        text,
-                        logprobs=logprobs,
-                        prompt_logprobs=output.prompt_logprobs,
-                        finish=output.finish,
-                    )
             else:
                 return
-            shown = transcript.logprobs()
             if output.finish is None:
-                # the text is complete, so it goes out before the service has said what the request had cost
-                yield Piece(at, text, logprobs=shown, prompt_logprobs=output.prompt_logprobs)
-                self.service.abort(request.id, FinishReason.STOP)
+                # the answer is complete, so it goes out before the service has said what the request had cost
+                self.service.abort(request.id, draft.ended)
                 async for rest in outputs:
                     tally.note(rest.usage)
-                text, shown = "", ()
-            yield Piece(at, text, logprobs=shown, finish=FinishReason.STOP, stop_string=transcript.stop_string)
+            yield draft.last(draft.ended)
+
+    def _draft(self, at: int, request: Request, call: Call, begun: bool, tally: Tally) -> Draft:
+        chat = isinstance(call.asked, Chat)
+        tools = call.asked.tools if isinstance(call.asked, Chat) else Tools()
+        transcript = self.text.transcript(call.stop, marks=chat)
+        answer = Answer(self.text.style, tools, begun) if chat else None
+        thinking = self.text.thinking(begun, call.thinking_tokens) if chat else None
+        return Draft(at, transcript, answer, thinking, request.stop_token_ids, call.answer_tokens, self.text, tally)
 
 
 def _reseeded(sampling: Sampling, choice: int) -> Sampling:
@@ -187,11 +216,13 @@ def _check_finish(output: Output) -> None:
             raise Unavailable("The server ended this request, most likely because it is shutting down. Try again.")
         case FinishReason.DEADLINE:
             raise Refused(504, "The request did not finish before its deadline.", code="deadline_exceeded")
+        case FinishReason.INVALID:
+            raise bad(f"The request cannot be finished: {output.error}.", code="invalid_request")
         case FinishReason.ERROR:
             raise internal(f"request {output.request_id} failed: {output.error}")
 
 
-def _total(prompts: list[tuple[int, ...]], tallies: list[_Tally]) -> Usage:
+def _total(prompts: list[tuple[int, ...]], tallies: list[Tally]) -> Usage:
     """Choices are ordered prompt by prompt; of those that share a prompt the first one says what was cached."""
     choices = len(tallies) // len(prompts)
     return Usage(

@@ -5,20 +5,22 @@ what is answered. Decides how a feature looks on the wire and nothing about how 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from headrace.core.types import Sampling
+from headrace.core.types import Grammar, Sampling
 from headrace.gateway import bounds, shapes
 from headrace.gateway.bounds import Body
-from headrace.gateway.chain import Call, Chat, Event, Prompt
+from headrace.gateway.chain import Call, Chat, Event, Prompt, Tool, Tools
 from headrace.gateway.edge import Context, Dialect, Reply
 from headrace.gateway.errors import Refused, bad
 from headrace.gateway.openapi import Answer, Operation
 from headrace.gateway.replies import ChatReply, CompletionReply, Frame, error_body
+from headrace.gateway.speech.demand import choice, json_schema
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -32,22 +34,126 @@ class TemplateOptions(Struct, forbid_unknown_fields=True):
     enable_thinking: bool | None = None
 
 
-class Part(Struct, forbid_unknown_fields=True):
-    type: Literal["text"]
+class TextPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
     text: str
 
 
-class Message(Struct, forbid_unknown_fields=True):
+class RefusalPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="refusal"):
+    refusal: str
+
+
+Content = str | Annotated[list[TextPart | RefusalPart], Meta(min_length=1, max_length=bounds.Parts)]
+
+
+class System(Struct, forbid_unknown_fields=True, tag_field="role", tag="system"):
+    content: Content
+    name: bounds.Name | None = None
+
+
+class Developer(System, tag_field="role", tag="developer"):
+    pass
+
+
+class User(System, tag_field="role", tag="user"):
+    pass
+
+
+class CalledFunction(Struct, forbid_unknown_fields=True):
+    name: bounds.ToolName
+    arguments: bounds.Arguments
+
+
+class Called(Struct, forbid_unknown_fields=True):
+    id: bounds.CallId
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    index: int | None = None  # some clients send back what they were streamed
+
+
+class Assistant(Struct, forbid_unknown_fields=True, tag_field="role", tag="assistant"):
     """What a client may send back includes what it was given, with the fields we leave null."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Meta(min_length=1, max_length=bounds.Parts)]
+    content: Content | None = None
     name: bounds.Name | None = None
-    refusal: None = None
-    annotations: None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[Called], Meta(max_length=bounds.Calls)] | None = None
+    refusal: str | None = None
+    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
+
+
+class ToolResult(Struct, forbid_unknown_fields=True, tag_field="role", tag="tool"):
+    content: Content
+    tool_call_id: bounds.CallId
+    name: bounds.Name | None = None
+
+
+Message = System | Developer | User | Assistant | ToolResult
+
+
+class Function(Struct, forbid_unknown_fields=True):
+    name: bounds.ToolName
+    description: bounds.ToolText | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema
+    strict: bool | None = None
+
+
+class FunctionTool(Struct, forbid_unknown_fields=True):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Struct, forbid_unknown_fields=True):
+    name: bounds.ToolName
+
+
+class NamedTool(Struct, forbid_unknown_fields=True):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class TextFormat(Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    pass
+
+
+class JsonObjectFormat(Struct, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    pass
+
+
+class NamedSchema(Struct, forbid_unknown_fields=True):
+    name: bounds.SchemaName
+    schema: dict[str, Any] | None = None
+    description: bounds.ToolText | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Struct, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    json_schema: NamedSchema
+
+
+class RegexFormat(Struct, forbid_unknown_fields=True, tag_field="type", tag="regex"):
+    regex: bounds.RegexText
+
+
+class GrammarFormat(Struct, forbid_unknown_fields=True, tag_field="type", tag="grammar"):
+    grammar: bounds.GrammarText  # in Lark's notation
+
+
+class ChoiceFormat(Struct, forbid_unknown_fields=True, tag_field="type", tag="choice"):
+    choice: bounds.ChoiceTexts
+
+
+Format = TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat | GrammarFormat | ChoiceFormat
+
+
+class Guided(Struct, forbid_unknown_fields=True):
+    """vLLM's names for the same."""
+
+    json: dict[str, Any] | str | None = None
+    regex: bounds.RegexText | None = None
+    choice: bounds.ChoiceTexts | None = None
+    grammar: bounds.GrammarText | None = None
 
 
 class _Common(Struct, kw_only=True):
@@ -71,6 +177,12 @@ class _Common(Struct, kw_only=True):
     cache_salt: bounds.Salt | None = None
     priority: bounds.Priority | None = None
     deadline_s: bounds.Deadline | None = None
+    response_format: Format | None = None
+    structured_outputs: Guided | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: bounds.RegexText | None = None
+    guided_choice: bounds.ChoiceTexts | None = None
+    guided_grammar: bounds.GrammarText | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -80,6 +192,12 @@ class ChatRequest(_Common, kw_only=True):
     max_completion_tokens: bounds.MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: bounds.TopLogprobs | None = None
+    tools: Annotated[list[FunctionTool], Meta(max_length=bounds.Tools)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    thinking_budget: bounds.ThinkingTokens | None = None
+    answer_budget: bounds.AnswerTokens | None = None
     chat_template_kwargs: TemplateOptions | None = None
 
 
@@ -102,11 +220,13 @@ def parse_chat(body: bytes, context: Context) -> tuple[Call, Reply[Event]]:
     if max_tokens == 0:
         raise bad("max_tokens must be at least 1.", "max_tokens")
     options = msgspec.structs.asdict(asked.chat_template_kwargs) if asked.chat_template_kwargs else {}
-    chat = Chat(
-        tuple(map(_message, asked.messages)), {key: value for key, value in options.items() if value is not None}
-    )
+    if asked.reasoning_effort is not None:
+        options = {"enable_thinking": asked.reasoning_effort != "none"} | options
+    given = {key: value for key, value in options.items() if value is not None}
+    chat = Chat(tuple(map(_message, asked.messages)), given, _tools(asked))
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     call = _call("chatcmpl", asked, context, chat, _sampling(asked, logprobs), max_tokens)
+    call = replace(call, thinking_tokens=_thinking_tokens(asked), answer_tokens=asked.answer_budget)
     return call, ChatReply(_frame(call, asked, context, "chat.completion"), context.text)
 
 
@@ -132,10 +252,125 @@ def _frame(call: Call, asked: _Common, context: Context, kind: str) -> Frame:
 
 
 def _message(message: Message) -> Mapping[str, Any]:
-    content = message.content
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
-    role = "system" if message.role == "developer" else message.role
-    return {"role": role, "content": text} | ({"name": message.name} if message.name else {})
+    plain: dict[str, Any] = {"role": _ROLES[type(message)], "content": _text_of(message.content)}
+    if message.name:
+        plain["name"] = message.name
+    if isinstance(message, ToolResult):
+        plain["tool_call_id"] = message.tool_call_id
+    if isinstance(message, Assistant):
+        if message.reasoning_content:
+            plain["reasoning_content"] = message.reasoning_content
+        if message.tool_calls:
+            plain["tool_calls"] = [_called(call) for call in message.tool_calls]
+        elif message.content is None:
+            raise bad("An assistant's message needs content or tool_calls.", "messages")
+    return plain
+
+
+_ROLES = {System: "system", Developer: "system", User: "user", Assistant: "assistant", ToolResult: "tool"}
+
+
+def _text_of(content: Content | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
+
+
+def _called(call: Called) -> Mapping[str, Any]:
+    """Templates want the arguments as a mapping; what is none stays the text it is."""
+    arguments: Any = call.function.arguments
+    try:
+        parsed = msgspec.json.decode(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        parsed = None
+    if isinstance(parsed, dict):
+        bounds.check_free(parsed, "messages")
+        arguments = parsed
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+def _tools(asked: ChatRequest) -> Tools:
+    """What may be called; nothing if the choice is none."""
+    choice = asked.tool_choice
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    offered = tuple(_tool(tool.function) for tool in asked.tools or ())
+    names = [tool.name for tool in offered]
+    if len(set(names)) < len(names):
+        raise bad("tools: two of them have the same name.", "tools")
+    must = named is not None or choice == "required"
+    if must and not offered:
+        raise bad("tool_choice asks for a call, but there are no tools.", "tool_choice")
+    if named is not None and named not in names:
+        raise bad(f"tool_choice names {named!r}, which is not among the tools.", "tool_choice")
+    if must and _grammar(asked) is not None:
+        raise bad("The answer cannot be a tool call and follow a response_format as well.", "response_format")
+    return Tools() if choice == "none" else Tools(offered, must, named, asked.parallel_tool_calls is not False)
+
+
+def _tool(function: Function) -> Tool:
+    parameters = function.parameters or {"type": "object", "properties": {}}
+    bounds.check_free(parameters, "tools")
+    if parameters.get("type", "object") != "object":
+        raise bad(f"tools: the parameters of {function.name!r} are not the schema of an object.", "tools")
+    return Tool(function.name, function.description or "", parameters, bool(function.strict))
+
+
+_EFFORTS = {"minimal": 256, "low": 1024, "medium": 4096, "high": 16_384}  # xhigh is as long as it takes
+
+
+def _thinking_tokens(asked: ChatRequest) -> int | None:
+    return asked.thinking_budget if asked.thinking_budget is not None else _EFFORTS.get(asked.reasoning_effort or "")
+
+
+def _grammar(asked: _Common) -> Grammar | None:
+    """The one grammar of the answer, whatever its name. Raises Refused if there are several."""
+    found = list(_grammars(asked))
+    if len(found) > 1:
+        raise bad("Ask for one response format only.", found[1][0])
+    if not found:
+        return None
+    return found[0][1]
+
+
+def _grammars(asked: _Common) -> Iterator[tuple[str, Grammar]]:
+    match asked.response_format:
+        case JsonObjectFormat():
+            yield "response_format", json_schema({"type": "object"}, "response_format")
+        case JsonSchemaFormat(json_schema=named):
+            schema = {"type": "object"} if named.schema is None else named.schema
+            yield "response_format", json_schema(schema, "response_format")
+        case RegexFormat(regex=regex):
+            yield "response_format", Grammar("regex", regex)
+        case GrammarFormat(grammar=grammar):
+            yield "response_format", Grammar("lark", grammar)
+        case ChoiceFormat(choice=texts):
+            yield "response_format", choice(texts)
+    for name in ("json", "regex", "choice", "grammar"):
+        own, shared = getattr(asked, f"guided_{name}"), getattr(asked.structured_outputs, name, None)
+        for param, value in ((f"guided_{name}", own), ("structured_outputs", shared)):
+            if value is not None:
+                yield param, _guided(name, value, param)
+
+
+def _guided(name: str, value: Any, param: str) -> Grammar:
+    match name:
+        case "json":
+            return json_schema(_decoded(value, param) if isinstance(value, str) else value, param)
+        case "regex":
+            return Grammar("regex", value)
+        case "choice":
+            return choice(value)
+    return Grammar("lark", value)
+
+
+def _decoded(text: str, param: str) -> Any:
+    try:
+        schema = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        schema = None
+    if not isinstance(schema, dict):
+        raise bad(f"{param}: expected a JSON schema, as an object or as its text.", param)
+    return schema
 
 
 def _prompts(prompt: str | list[Any]) -> tuple[Prompt, ...]:
@@ -191,6 +426,7 @@ def _call(
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         choices=asked.n or 1,
+        grammar=_grammar(asked),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         stop_token_ids=frozenset(asked.stop_token_ids or ()),
         ignore_eos=bool(asked.ignore_eos),

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes, pass_context
+from jinja2 import meta, nodes, pass_context
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -307,16 +307,20 @@ class ChatTemplate:
             tree = sandbox.parse(source)
             if any(tree.find(kind) for kind in (nodes.Import, nodes.FromImport, nodes.Include, nodes.Extends)):
                 raise BadTemplate("it imports or includes another template, which is not allowed")
+            names = meta.find_undeclared_variables(tree)
             code = sandbox.compile(_Metering().visit(tree))
         except jinja2.TemplateError as error:
             raise BadTemplate(f"it is not a valid template: {error}") from error
         except (RecursionError, MemoryError, ValueError, TypeError, OverflowError, SyntaxError) as error:
             raise BadTemplate(f"it cannot be compiled: {type(error).__name__}") from error
+        self.knows_tools = "tools" in names
         self._template = jinja2.Template.from_code(sandbox, code, sandbox.globals)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, bool]) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, bool], tools: Sequence[Any] = ()
+    ) -> str:
         """The prompt of a conversation. Raises InvalidRequest when the template refuses, fails or takes too much."""
-        variables: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
+        variables: dict[str, Any] = {"tools": list(tools) or None, "documents": None, "add_generation_prompt": True}
         variables |= self._variables | dict(options) | {"messages": list(messages), _METER: Meter()}
         try:
             return "".join(_bounded(self._template.generate(variables)))

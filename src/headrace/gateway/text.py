@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
-from headrace.core.types import HeadraceError
+from headrace.core.types import HeadraceError, Thinking
 from headrace.gateway.chain import Chat
 from headrace.gateway.errors import bad
+from headrace.gateway.speech.style import style_of
+from headrace.gateway.speech.told import described, told
 from headrace.gateway.template import BadTemplate, ChatTemplate
 from headrace.gateway.transcript import ByteDecoder, Decoder, RunDecoder, Transcript
 
@@ -42,8 +44,11 @@ class Text:
         special: Mapping[str, str],
         eos_token_ids: frozenset[int],
         add_bos: bool,
+        tool_parser: str = "auto",
+        reasoning: str = "auto",
     ) -> None:
-        """`special` names special tokens as templates do: {"bos_token": "<s>", "eos_token": "</s>"}."""
+        """`special` names special tokens as templates do: {"bos_token": "<s>", "eos_token": "</s>"}; for the last two,
+        see `speech.style`, whose UnknownStyle it may raise."""
         self._spec, self._tokenizer = _load(tokenizer_json)
         self._escaped = _Escaped(self._spec)
         self.eos_token_ids = eos_token_ids
@@ -59,6 +64,12 @@ class Text:
                 self._template = ChatTemplate(chat_template, special)
             except BadTemplate as error:
                 self.why_no_chat = f"This model's chat template cannot be used: {error}"
+        knows_tools = self._template is not None and self._template.knows_tools
+        self.style = style_of(chat_template, knows_tools, tool_parser, reasoning)
+        self.special_ids = frozenset(token["id"] for token in self._spec.get("added_tokens") or () if token["special"])
+        shown = {token_id: self._names[token_id] for mark in self.style.marks if (token_id := self.token_of(mark))}
+        self._marked = _with_marks(self._pieces, shown)
+        self._closing_ids: tuple[int, ...] | None = None
         self._pool = ThreadPoolExecutor(2, "headrace-text")
 
     def close(self) -> None:
@@ -82,14 +93,44 @@ class Text:
             return await self.off_loop(lambda: self._encode(prompt))
         return self._encode(prompt)
 
+    @property
+    def names(self) -> Sequence[bytes]:
+        """By token id; see `token_bytes`."""
+        return self._names
+
+    def plain_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text, nothing added; special tokens in it are recognised."""
+        return tuple(_ids(self._tokenizer, text))
+
+    def token_of(self, mark: str) -> int | None:
+        """The id of a special token."""
+        token_id = self._tokenizer.token_to_id(mark)
+        return token_id if token_id in self.special_ids else None
+
+    def thinking(self, begun: bool, budget_tokens: int | None) -> Thinking | None:
+        """How this model reasons; None if it does not."""
+        think = self.style.think
+        if think is None:
+            return None
+        if self._closing_ids is None:
+            self._closing_ids = self.plain_ids(f"\n{think.closing}\n\n")
+        opening_id = self._tokenizer.token_to_id(think.opening)
+        return Thinking(think.opening, think.closing, begun, budget_tokens, self._closing_ids, opening_id)
+
     async def encode_chat(self, chat: Chat) -> tuple[int, ...]:
-        """Token ids of a conversation. Always on a worker thread: a template may take its time whatever its input."""
+        """Token ids of a conversation."""
+        return (await self.prompted(chat))[0]
+
+    async def prompted(self, chat: Chat) -> tuple[tuple[int, ...], bool]:
+        """Token ids of a conversation, and whether they end inside the reasoning. Always on a worker thread: a template
+        may take its time whatever its input."""
         if self._template is None:
             raise bad(f"{self.why_no_chat}; use /v1/completions with a prompt instead.", code="no_chat_template")
         return await self.off_loop(lambda: self._encode_chat(chat))
 
-    def transcript(self, stops: Sequence[str]) -> Transcript:
-        return Transcript(self._pieces, self._decoder(), stops)
+    def transcript(self, stops: Sequence[str], *, marks: bool = False) -> Transcript:
+        """`marks`: special tokens that are marks of this model's style are part of the text."""
+        return Transcript(self._marked if marks else self._pieces, self._decoder(), stops)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; special tokens by their name. Empty for ids without a token."""
@@ -99,11 +140,15 @@ class Text:
         ids = tuple(_ids(self._tokenizer, prompt))
         return ids if ids[:1] == self._bos else self._bos + ids
 
-    def _encode_chat(self, chat: Chat) -> tuple[int, ...]:
+    def _encode_chat(self, chat: Chat) -> tuple[tuple[int, ...], bool]:
         assert self._template is not None
-        messages, escapes = self._escaped.escape(chat.messages)
-        prompt = self._template.render(messages, chat.options)
-        return self._escaped.encode(prompt) if escapes else tuple(_ids(self._tokenizer, prompt))
+        knows = self._template.knows_tools
+        said = chat.messages if knows else told(chat.messages, chat.tools)
+        tools = [described(tool) for tool in chat.tools.offered] if knows else []
+        (messages, tools), escapes = self._escaped.escape((said, tools))
+        prompt = self._template.render(messages, chat.options, tools)
+        begun = self.style.think is not None and prompt.rstrip().endswith(self.style.think.opening)
+        return self._escaped.encode(prompt) if escapes else tuple(_ids(self._tokenizer, prompt)), begun
 
 
 class _Escaped:
@@ -126,17 +171,23 @@ class _Escaped:
         self._tokenizer: Tokenizer | None = None
         self._meant: dict[int, int] = {}
 
-    def escape(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], bool]:
-        """Messages with quoted special tokens, and whether there were any."""
-        escaped: list[Mapping[str, Any]] = []
-        found = 0
-        for message in messages:
-            copy = dict(message)
-            for key, value in message.items():
-                copy[key], count = self._find.subn(lambda match: self._quote[match[0]], value)
-                found += count
-            escaped.append(copy)
-        return escaped, found > 0
+    def escape(self, said: Any) -> tuple[Any, bool]:
+        """Strings, lists and mappings with quoted special tokens, and whether there were any."""
+        found = False
+
+        def escaped(value: Any) -> Any:
+            nonlocal found
+            if isinstance(value, str):
+                text, count = self._find.subn(lambda match: self._quote[match[0]], value)
+                found |= count > 0
+                return text
+            if isinstance(value, Mapping):
+                return {escaped(key): escaped(item) for key, item in value.items()}
+            if isinstance(value, list | tuple):
+                return [escaped(item) for item in value]
+            return value
+
+        return escaped(said), found
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         if self._tokenizer is None:
@@ -208,6 +259,14 @@ def _pieces(spec: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[bytes],
     for token_id in special & set(range(len(pieces))):
         pieces[token_id] = empty
     return shown, pieces, make
+
+
+def _with_marks(pieces: Pieces, marks: Mapping[int, bytes]) -> Pieces:
+    """The same, but for some special tokens that are shown."""
+    shown = list(pieces)
+    for token_id, name in marks.items():
+        shown[token_id] = name if isinstance(next(filter(None, pieces), b""), bytes) else name.decode()
+    return shown
 
 
 def _decoder_steps(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
