@@ -16,7 +16,6 @@ from headrace.core.config import GatewaySettings
 if TYPE_CHECKING:
     from headrace.engine.embedding import Batcher
     from headrace.gateway.card import Card
-    from headrace.gateway.checks import Checks
     from headrace.gateway.embedding import Words
     from headrace.gateway.endpoints import Extras
     from headrace.gateway.state.database import Database
@@ -32,6 +31,7 @@ class Beside:
 
 def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases) -> Beside:
     """Raises BadState or BadModelFile if what the user named cannot be used; a default that is not here is left out."""
+    from headrace.gateway.checks import Checks
     from headrace.gateway.endpoints import Extras
 
     found = open_embedding(assembled, settings, phase)
