@@ -126,9 +126,10 @@ def open_model(model: str, phase: Phases) -> Checkpoint:
     return open_checkpoint(path)
 
 
-def text_of(checkpoint: Checkpoint, settings: GatewaySettings) -> Text:
+def text_of(checkpoint: Checkpoint, settings: GatewaySettings | None = None) -> Text:
     from headrace.gateway.text import Text
 
+    settings = settings or GatewaySettings()
     return Text(
         tokenizer_json=checkpoint.tokenizer_json,
         chat_template=checkpoint.chat_template,
