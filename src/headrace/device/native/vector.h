@@ -199,6 +199,8 @@ constexpr int INT_ROWS = 6, INT_WIDE = 2, FLOAT_ROWS = 8;
 
 #elif defined(HEADRACE_AVX2)
 
+// Keeps a sum in its register: without this gcc 12 does all products of a group first and spills every one of them.
+#define HELD(x) asm("" : "+x"(x))
 INLINE __m256i eight_ints(const void* p) { int32_t v; std::memcpy(&v, p, 4); return _mm256_set1_epi32(v); }
 INLINE __m256i bytes_at(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 struct Q8Dot {
@@ -214,6 +216,8 @@ struct Q8Dot {
         __m256i even = eight_ints(in.pairs + at), odd = eight_ints(in.pairs + at + 2);
         s.a = _mm256_add_epi32(s.a, _mm256_add_epi32(_mm256_madd_epi16(w.even_a, even), _mm256_madd_epi16(w.odd_a, odd)));
         s.b = _mm256_add_epi32(s.b, _mm256_add_epi32(_mm256_madd_epi16(w.even_b, even), _mm256_madd_epi16(w.odd_b, odd)));
+        HELD(s.a);
+        HELD(s.b);
     }
     INLINE Vec end(S s) { return {_mm256_cvtepi32_ps(s.a), _mm256_cvtepi32_ps(s.b)}; }
 };
@@ -230,6 +234,8 @@ struct Q4Dot {
         __m256i four = eight_ints(in.bytes + at);
         s.a = _mm256_add_epi16(s.a, _mm256_maddubs_epi16(w.a, four));
         s.b = _mm256_add_epi16(s.b, _mm256_maddubs_epi16(w.b, four));
+        HELD(s.a);
+        HELD(s.b);
     }
     INLINE Vec end(S s) {
         __m256i ones = _mm256_set1_epi16(1);
