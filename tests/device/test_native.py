@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from headrace.device.attention import Rows
 from headrace.device.checkpoint import Checkpoint
 from headrace.device.llama import LlamaConfig
 from headrace.device.native import library
-from headrace.device.native.forward import NativeForward, why_not
+from headrace.device.native.forward import NativeForward, shared_tiles, why_not
 
 HERE = [name for name in library.VARIANTS if library.variant(name)]
 DENSE = {
@@ -103,6 +104,29 @@ def test_rows_do_not_know_their_step(cuts: list[int], threads: int, others: int)
             parts.append(logits(beside, works, ids)[others // 2 * count :][:count])
             at += count
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("kv", [KV_FP32, KV_BF16, KV_INT8], ids=lambda kv: kv.name)
+def test_a_shared_prefix_is_read_once_and_changes_nothing(kv: KVFormat) -> None:
+    """Twelve requests decode after the same 150 tokens, ten blocks of which they share, and one after others."""
+    ids = some_ids(500, tokens=161)[0]
+    model = NativeModel(TINY, Given(random_weights(3)), FP32, kv).forward(256)
+    tables = [np.array([*range(8), *range(20 + 10 * n, 30 + 10 * n)]) for n in range(12)]
+    tables[5] = np.arange(200, 218)
+
+    def rows(which: Sequence[int], start: int, count: int) -> list[Rows]:
+        return [Rows(row * count, start, count, tables[n]) for row, n in enumerate(which)]
+
+    def run(spans: list[Rows], start: int, count: int) -> torch.Tensor:
+        return model.layers(spans, 0, 3, ids[start : start + count] * len(spans), None)
+
+    for n in range(12):
+        run(rows([n], 0, 160), 0, 160)
+    together = run(rows(range(12), 160, 1), 160, 1)
+    found = [shared_tiles(a, b, 16) for a, b in pairwise(rows(range(12), 160, 1))]
+    assert found == [2, 2, 2, 2, 0, 0, 2, 2, 2, 2, 2]
+    assert torch.equal(torch.cat([run(rows([n], 160, 1), 160, 1) for n in range(12)]), together)
+    assert torch.equal(together[:1].expand(12, -1), together)  # the same tokens, wherever their KV lies
 
 
 def test_a_file_s_own_blocks_are_not_rounded_again(smollm2_checkpoint: Checkpoint) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -116,11 +117,12 @@ class NativeForward:
             described[index] = span.first_row, span.start, span.count, at
             at += len(span.blocks)
         tables = np.concatenate([span.blocks for span in spans]).astype(np.int32)
+        shared = np.array([0, *map(shared_tiles, spans, spans[1:], repeat(self.store.block_tokens))], dtype=np.int32)
         longest = max(span.start + span.count for span in spans)
         angles = (ctypes.c_void_p * max(1, len(self._angles)))(*[each.address(longest) for each in self._angles])
         step = native.Step(
             rows, len(spans), first, last, tokens.ctypes.data, out.data_ptr(), described.ctypes.data,
-            tables.ctypes.data, ctypes.cast(angles, ctypes.POINTER(ctypes.c_void_p)), None,
+            tables.ctypes.data, ctypes.cast(angles, ctypes.POINTER(ctypes.c_void_p)), shared.ctypes.data,
         )  # fmt: skip
         self._library.headrace_layers(self._runner, step)
         return out
@@ -139,6 +141,16 @@ class NativeForward:
         seconds = (ctypes.c_double * 4)()
         self._library.headrace_times(self._runner, seconds)
         return Seconds(*seconds)
+
+
+def shared_tiles(before: Rows, span: Rows, block_tokens: int) -> int:
+    """Key tiles, all in the past, that two neighbours who decode have in the same blocks: read once for both."""
+    if before.count > 1 or span.count > 1 or before.blocks[0] != span.blocks[0]:
+        return 0
+    common = min(len(before.blocks), len(span.blocks))
+    differ = np.flatnonzero(before.blocks[:common] != span.blocks[:common])
+    same = int(differ[0]) if len(differ) else common
+    return min(same * block_tokens, before.start, span.start) // KEY_TILE
 
 
 class _Angles:
