@@ -99,8 +99,8 @@ def main() -> None:
     print(
         f"{'step':14}{'weights':8}{'ms':>9}{'cpu ms':>9}{'tokens/s':>10}{'cpu ratio':>10}  linear attention head other"
     )
-    for (work, kind), seconds in found.items():
-        wall, cpu = (statistics.median([pair[which] for pair in seconds]) for which in (0, 1))
+    for (work, kind), pairs in found.items():
+        wall, cpu = (statistics.median([pair[which] for pair in pairs]) for which in (0, 1))
         base = statistics.median([each for _, each in found[work, reference]])
         rate, share = works[work][0] / wall, shares.get((work, kind), "")
         print(f"{work:14}{kind:8}{1000 * wall:9.2f}{1000 * cpu:9.2f}{rate:10.0f}{base / cpu:10.2f}  {share}")
