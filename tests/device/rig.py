@@ -13,10 +13,12 @@ from headrace.core.events import Event, Preempted, Verified
 from headrace.core.keys import block_keys
 from headrace.core.ports import Capacity
 from headrace.core.shape import FP32, KV_FP32, KVFormat, WeightFormat
+from headrace.core.step import DEVICE, HOST
 from headrace.core.types import Output, Request, Sampling, TokenLogprob, Tokens
 from headrace.device.checkpoint import Tensors
 from headrace.device.executor import ModelExecutor
 from headrace.device.forward import TorchForward
+from headrace.device.hosttier import HostTier
 from headrace.device.kvstore import KVStore
 from headrace.device.linear import Linears
 from headrace.device.llama import Llama, LlamaConfig
@@ -43,11 +45,13 @@ class Model:
             LlamaConfig.from_hf(config), tensor, self.linears.pack, torch.float32, CPU, self.linears.padded
         )
 
-    def executor(self, blocks: int) -> ModelExecutor:
+    def executor(self, blocks: int, host_blocks: int = 0) -> ModelExecutor:
         shape = self.llama.config.shape
         store = KVStore(shape, blocks, BLOCK_TOKENS, torch.float32, CPU)
-        capacity = Capacity(blocks, BLOCK_TOKENS, shape.max_context_tokens, shape.vocab, layers=shape.layers)
-        return ModelExecutor(TorchForward(self.llama, self.linears, store), capacity)
+        tiers = {"layers": shape.layers, "host_blocks": host_blocks}
+        capacity = Capacity(blocks, BLOCK_TOKENS, shape.max_context_tokens, shape.vocab, **tiers)
+        host = HostTier(store, host_blocks) if host_blocks else None
+        return ModelExecutor(TorchForward(self.llama, self.linears, store), capacity, host=host)
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,12 @@ class NativeModel:
         store = kv_store(self.config.shape, blocks, block_tokens, self.kv)
         return NativeForward(self.config, self.packed, self.packer, store, self.kv, self.threads, variant=self.variant)
 
-    def executor(self, blocks: int) -> ModelExecutor:
-        shape = self.config.shape
-        capacity = Capacity(blocks, BLOCK_TOKENS, shape.max_context_tokens, shape.vocab, layers=shape.layers)
-        return ModelExecutor(self.forward(blocks), capacity)
+    def executor(self, blocks: int, host_blocks: int = 0) -> ModelExecutor:
+        shape, forward = self.config.shape, self.forward(blocks)
+        tiers = {"layers": shape.layers, "host_blocks": host_blocks}
+        capacity = Capacity(blocks, BLOCK_TOKENS, shape.max_context_tokens, shape.vocab, **tiers)
+        host = HostTier(forward.store, host_blocks) if host_blocks else None
+        return ModelExecutor(forward, capacity, host=host)
 
 
 @dataclass(frozen=True)
@@ -108,12 +114,14 @@ class Rig:
     blocks: int = 4096
     budget: int = 2048
     settings: EngineSettings = field(default_factory=EngineSettings)
+    host_blocks: int = 0
 
     def __post_init__(self) -> None:
-        self.executor = self.model.executor(self.blocks)
+        self.executor = self.model.executor(self.blocks, self.host_blocks)
         self.scheduler = Scheduler(self.settings, self.executor.capacity, token_budget=self.budget, observer=self)
         self.preemptions = self.cut = 0  # `cut` counts works that went through some layers only
         self.drafted = self.accepted = 0
+        self.copied = {DEVICE: 0, HOST: 0}  # blocks, by where they went
         self.now = 0.0
 
     def observe(self, event: Event) -> None:
@@ -131,6 +139,8 @@ class Rig:
             self.scheduler.add(request, self.now)
         while (plan := self.scheduler.plan(self.now)) is not None:
             self.cut += sum(work.layers is not None for work in plan.work)
+            for copy in plan.copies:
+                self.copied[copy.target_tier] += len(copy.pairs)
             result = self.executor.step(plan)
             self.now += 1.0
             for output in self.scheduler.commit(result, self.now):

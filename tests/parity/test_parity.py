@@ -35,6 +35,7 @@ class Live:
     model: Model
     settings: EngineSettings
     blocks: int = 256
+    host_blocks: int = 0
     budget: int = 64
     failing: frozenset[int] = frozenset()
     counts: Counter[str] = field(default_factory=Counter)
@@ -53,12 +54,14 @@ class Live:
         clock.run(self._serve(client))
         self.file.seek(0)
         entries = list(read(self.file))
-        plans = (entry.content for entry in entries if isinstance(entry, Plan) and entry.content)
-        self.counts["cut"] += sum(work[6] is not None for plan in plans for work in plan["work"])
+        contents = [entry.content for entry in entries if isinstance(entry, Plan) and entry.content]
+        self.counts["cut"] += sum(work[6] is not None for plan in contents for work in plan["work"])
+        for source, _, pairs in (copy for plan in contents for copy in plan["copies"]):
+            self.counts[f"from the {source}"] += len(pairs)
         return entries
 
     async def _serve(self, client: Client) -> None:
-        executor = _Failing(self.model.executor(self.blocks), self.failing)
+        executor = _Failing(self.model.executor(self.blocks, self.host_blocks), self.failing)
         recorder = Recorder(executor, self, self.file.write, settings=self.settings, token_budget=self.budget)
         scheduler = Scheduler(self.settings, recorder.capacity, token_budget=self.budget, observer=recorder)
         engine = Engine("tiny", scheduler, recorder)
@@ -189,6 +192,8 @@ async def impatient(engine: Engine) -> None:
     await asyncio.gather(*readers)
 
 
+SWAP = EngineSettings(ordering="markov", preemption="swap", priority_updates=0.3, max_running=6)
+
 RUNS: dict[str, tuple[dict[str, object], Client, dict[str, int]]] = {
     # name: (how it is served, the clients, what must have happened at least so often)
     "light": ({}, crowd(12, 0.02), {"length": 12}),
@@ -216,6 +221,16 @@ RUNS: dict[str, tuple[dict[str, object], Client, dict[str, int]]] = {
         {"settings": EngineSettings(speculate="lookup", draft_control="always"), "blocks": 24},
         repeating,
         {"accepted": 100, "rejected": 100, "stop": 5, "preempted": 1},
+    ),
+    "swapping": (
+        {"settings": SWAP, "blocks": 24, "host_blocks": 60, "failing": frozenset({30})},
+        crowd(40, 0.001, 33, most=5, new=80),
+        {"preempted": 10, "from the device": 20, "from the host": 10, "abort": 5, "error": 1},
+    ),
+    "turns from the host": (
+        {"blocks": 20, "host_blocks": 100, "settings": EngineSettings(max_running=2)},
+        conversations,
+        {"from the device": 20, "from the host": 5, "cached": 200},
     ),
     "failures": ({"failing": frozenset({5, 40})}, crowd(20, 0.004, 20), {"error": 1, "length": 5}),
 }

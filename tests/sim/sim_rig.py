@@ -18,6 +18,7 @@ from headrace.core.types import RequestId
 from headrace.engine.loop import Engine
 from headrace.engine.scheduler import Scheduler
 from headrace.sim.cost.batch import Batch, Line, StepCost
+from headrace.sim.cost.copies import HostLink
 from headrace.sim.executor import SimulatedExecutor
 from headrace.sim.feed import Feed
 from headrace.sim.stats import Stats
@@ -73,6 +74,7 @@ class Watched:
     token_s: dict[RequestId, list[float]] = field(default_factory=lambda: defaultdict(list))
     stats: Stats = field(default_factory=Stats)
     gone: set[RequestId] = field(default_factory=set)
+    host: HostLink | None = None
     patience_s: tuple[float, ...] = ()  # deadlines after arrival, dealt in turn
 
     def run(self, arrivals: Iterable[Arrival], clients: int = 1) -> Watched:
@@ -82,7 +84,8 @@ class Watched:
     async def _run(self, arrivals: Iterable[Arrival], clients: int) -> None:
         size = self.capacity.block_tokens
         self.feed = Feed(enumerate(arrivals), block_tokens=size, max_new_tokens=50, clients=clients)
-        self.executor = SimulatedExecutor(self.capacity, self.cost, self.feed.lengths, spent=self.stats.totals.spent)
+        spent = self.stats.totals.spent
+        self.executor = SimulatedExecutor(self.capacity, self.cost, self.feed.lengths, spent=spent, host=self.host)
         self.scheduler = Scheduler(self.settings, self.capacity, token_budget=self.budget, observer=self)
         engine = Engine("watched", self.scheduler, _Watch(self))
 

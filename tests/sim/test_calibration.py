@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.core import clock
-from headrace.core.config import EngineSettings
+from headrace.core.config import BadSetting, Bytes, EngineSettings
 from headrace.core.ports import Capacity
 from headrace.core.shape import ModelShape
 from headrace.core.step import Run, StepPlan, StepResult
@@ -48,6 +48,8 @@ from headrace.sim.measure import (
     probing,
 )
 from headrace.sim.run import simulate
+from headrace.sim.scenario import Scenario
+from headrace.sim.settings import SimulateSettings
 from headrace.workload.settings import WorkloadSettings, workload
 
 CAPACITY = Capacity(blocks=2000, block_tokens=16, max_context_tokens=2048, vocab=300)
@@ -226,6 +228,9 @@ def test_a_stored_calibration_simulates_as_the_law_does(exact: Calibration, tmp_
     assert (site.capacity, site.token_budget, site.settings) == (CAPACITY, 128, SETTINGS)
     found, true = (simulate(workload(traffic), one).totals for one in (site, replace(site, cost=TILED)))
     assert found.e2e_s.mean == pytest.approx(true.e2e_s.mean, rel=1e-3) and found.completed == true.completed == 60
+    with pytest.raises(BadSetting, match="copies to the host"):
+        tiered = replace(SETTINGS, host_kv_memory=Bytes(1 << 30))
+        Scenario(SimulateSettings(calibration=tmp_path / "c.json"), tiered).site()
 
 
 def test_nothing_is_extrapolated_silently(exact: Calibration) -> None:

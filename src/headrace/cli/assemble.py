@@ -101,7 +101,7 @@ def assemble(
     checkpoint = open_model(args.model, phase)
     sizes = (engine_settings.block_tokens, engine_settings.max_running)
     step_tokens = COHORT_TOKENS if engine_settings.batch == "layered" else MOST_STEP_TOKENS
-    loaded = load(checkpoint, device_settings, *sizes, phase, step_tokens)
+    loaded = load(checkpoint, device_settings, *sizes, phase, step_tokens, engine_settings.host_kv_memory)
     budget = token_budget(engine_settings, loaded.steps)
     metrics = Metrics()
     executor, observer = watched(loaded.executor, metrics, engine_settings, budget)

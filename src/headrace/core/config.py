@@ -103,7 +103,11 @@ class EngineSettings:
     preemption: str = setting(
         "last-arrived",
         "who yields: last-arrived, when memory runs out, priority, also to more urgent ones that wait, or swap, to all "
-        "that precede it",
+        "that precede it, best with --host-kv-memory",
+    )
+    host_kv_memory: Bytes = setting(
+        Bytes(0),
+        "memory of the host, such as 8GiB, for KV of requests that were preempted and of earlier turns; 0 is none",
     )
     priority_updates: float = setting(0.04, "priorities change so often per step under --ordering random and markov")
     speculate: str = setting(

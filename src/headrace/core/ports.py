@@ -25,6 +25,13 @@ class Capacity:
     least_copied_blocks: int = 1  # of one request: fewer are quicker to compute again than to copy
 
 
+def least_copied_blocks(copies_s: float, copied_s: float, computed_s: float) -> int:
+    """The fewest blocks that are quicker to copy, in `copies_s` and `copied_s` more for each, than to compute in
+    `computed_s` each. Where computing is always quicker, more blocks than there are anywhere."""
+    gain_s = computed_s - copied_s
+    return max(1, int(copies_s / gain_s) + 1) if gain_s > 0 else 1 << 40
+
+
 class Executor(Protocol):
     """Performs plans, one after the other, in the order given. Plans of several lanes may be under way at once, one of
     each lane: what they admit and release counts from the call of `run` on, and none of them names a request or

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise, repeat
 from typing import Protocol
@@ -25,6 +26,8 @@ from headrace.core.step import Admitted, Sampled, StepPlan, StepResult, Work
 from headrace.core.types import InvalidRequest, Request, RequestId, Sampling, TokenLogprob, Tokens
 from headrace.device.attention import Rows
 from headrace.device.control import Bits, Controls, SequenceController
+from headrace.device.hosttier import HostTier
+from headrace.device.kvstore import KVStore
 from headrace.device.sampler import Row, describe, joined, sample
 
 _LOGIT_ROWS = 64  # rows of logits computed at once for prompt log-probabilities and drafts: bounds their memory
@@ -75,6 +78,11 @@ class Forward(Protocol):
     def shape(self) -> ModelShape: ...
 
     @property
+    def store(self) -> KVStore:
+        """The KV memory, for whoever moves whole blocks."""
+        ...
+
+    @property
     def row_sizes(self) -> tuple[int, ...]:
         """Rows that are computed for so many or fewer, ascending; multiples of the last beyond it."""
         ...
@@ -92,7 +100,13 @@ class Forward(Protocol):
 class ModelExecutor:
     """An `Executor` for one model on one device, whatever computes its layers."""
 
-    def __init__(self, forward: Forward, capacity: Capacity, thread: ThreadPoolExecutor | None = None) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        capacity: Capacity,
+        thread: ThreadPoolExecutor | None = None,
+        host: HostTier | None = None,
+    ) -> None:
         """`controls` may be set before the first plan; without them, no request may have a grammar or think.
 
         Steps run on `thread`, which has one worker and should be the one that loaded the model: torch keeps a team
@@ -102,6 +116,7 @@ class ModelExecutor:
         self._capacity = capacity
         self._sequences: dict[RequestId, _Sequence] = {}
         self._thread = thread or one_thread()
+        self._host = host
 
     @property
     def shape(self) -> ModelShape:
@@ -137,14 +152,15 @@ class ModelExecutor:
         try:
             works = plan.work
             self._update(plan, works)
-            if not works:
-                return StepResult(plan.step, {})
-            masks = self._begin_masks(works)
-            computed, hidden = self._compute(works)
-            allowed = masks.result() if masks else {}
-            sampled = self._sample(computed, hidden, allowed)
-            failed = self._failed(allowed)
-            return StepResult(plan.step, sampled, self._prompt_logprobs(computed, hidden), failed=failed)
+            with self._copying(plan):
+                if not works:
+                    return StepResult(plan.step, {})
+                masks = self._begin_masks(works)
+                computed, hidden = self._compute(works)
+                allowed = masks.result() if masks else {}
+                sampled = self._sample(computed, hidden, allowed)
+                failed = self._failed(allowed)
+                return StepResult(plan.step, sampled, self._prompt_logprobs(computed, hidden), failed=failed)
         except BaseException:
             self._sequences.clear()
             raise
@@ -167,10 +183,19 @@ class ModelExecutor:
         self.step(StepPlan(0, (), released=("measure",)))
         return min(seconds[1:])
 
+    @contextmanager
+    def _copying(self, plan: StepPlan) -> Iterator[None]:
+        """The plan's copies go on beside what happens inside."""
+        if plan.copies:
+            if self._host is None:
+                raise RuntimeError("the plan copies to a tier that this executor does not have")
+            self._host.begin(plan)
+        yield
+        if plan.copies and self._host is not None:
+            self._host.end()
+
     def _update(self, plan: StepPlan, works: Sequence[Work]) -> None:
         """Forget, remember, and grow block tables."""
-        if plan.copies:
-            raise NotImplementedError("this executor keeps all KV on one device: no copies")
         for request_id in plan.released:
             self._sequences.pop(request_id, None)
         for admitted in plan.admitted:

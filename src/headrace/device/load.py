@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from headrace.core.config import DeviceSettings
-from headrace.core.ports import Capacity
+from headrace.core.ports import Capacity, least_copied_blocks
 from headrace.core.shape import ModelShape
 from headrace.core.types import HeadraceError
 from headrace.device import memory as memory_room
 from headrace.device.checkpoint import Checkpoint
 from headrace.device.executor import Forward, ModelExecutor, one_thread
 from headrace.device.forward import TorchForward
+from headrace.device.hosttier import HostTier
 from headrace.device.kvstore import KVStore
 from headrace.device.linear import Linears
 from headrace.device.llama import Llama, LlamaConfig
@@ -26,6 +27,7 @@ from headrace.device.native.weights import FORMATS, Packer, pack
 
 MOST_STEP_TOKENS = 2048  # the activations of larger steps are not worth their memory
 _MEASURED_TOKENS = (16, 256)
+_MEASURED_BLOCKS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,12 @@ def load(
     max_running: int,
     phase: Callable[[str], None] = lambda _: None,
     step_tokens: int = MOST_STEP_TOKENS,
+    host_bytes: int = 0,
 ) -> Loaded:
-    """Load a model and size its KV memory beside steps of `step_tokens`; `phase` is told what begins. Raises
-    DoesNotFit, BadModelFile."""
+    """Load a model and size its KV memory beside steps of `step_tokens`, with a host tier of `host_bytes` behind it;
+    `phase` is told what begins. Raises DoesNotFit, BadModelFile."""
     thread = one_thread()
-    sizes = (block_tokens, max_running, step_tokens)
+    sizes = (block_tokens, max_running, step_tokens, host_bytes)
     try:
         return thread.submit(_load, checkpoint, settings, *sizes, phase, thread).result()
     except BaseException:
@@ -79,6 +82,7 @@ def _load(
     block_tokens: int,
     max_running: int,
     step_tokens: int,
+    host_bytes: int,
     phase: Callable[[str], None],
     thread: ThreadPoolExecutor,
 ) -> Loaded:
@@ -103,9 +107,13 @@ def _load(
         max_running=max_running,
     )
     capacity = Capacity(memory.blocks, block_tokens, context, config.shape.vocab, layers=config.shape.layers)
-    executor = ModelExecutor(built.open(memory.blocks), capacity, thread)
+    forward = built.open(memory.blocks)
+    executor = ModelExecutor(forward, capacity, thread)
     phase("measure step times")
     steps = tuple(executor.measure(_MEASURED_TOKENS))
+    if host_bytes:
+        host = HostTier(forward.store, memory_room.host_blocks(host_bytes, memory.block_bytes))
+        executor = ModelExecutor(forward, _with_host(capacity, host, steps), thread, host)
     return Loaded(executor, memory, built.dtype, device, steps, built.read, built.kv, built.kernels)
 
 
@@ -177,6 +185,17 @@ def _torch(
 
     weights = linears.nbytes + model.nbytes
     return Built(weights, linears.nbytes, name(dtype), name(dtype), "torch", config.shape, dtype, open_with)
+
+
+def _with_host(capacity: Capacity, host: HostTier, steps: tuple[tuple[int, float], ...]) -> Capacity:
+    """The capacity with a tier, and with how many blocks are worth a copy as this machine copies and computes."""
+    (few, few_s), (many, many_s) = steps[0], steps[-1]
+    block_s = capacity.block_tokens * (many_s - few_s) / max(many - few, 1)
+    count = min(_MEASURED_BLOCKS, host.blocks, capacity.blocks)
+    one_s, all_s = host.seconds(1), host.seconds(count)
+    each_s = max(0.0, all_s - one_s) / max(count - 1, 1)
+    least = least_copied_blocks(max(0.0, one_s - each_s), each_s, block_s)
+    return replace(capacity, host_blocks=host.blocks, least_copied_blocks=least)
 
 
 def activation_bytes(shape: ModelShape, step_tokens: int, sampled_rows: int) -> int:

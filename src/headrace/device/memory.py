@@ -89,6 +89,15 @@ def size(
     return memory
 
 
+def host_blocks(wanted: int, block_bytes: int) -> int:
+    """Blocks of a host tier of so many bytes. Raises DoesNotFit for more memory than the host has, or less than one."""
+    free = free_bytes(torch.device("cpu"))
+    if not block_bytes <= wanted <= free:
+        room = f"from {format_bytes(block_bytes)}, one block, to {format_bytes(free)}, which are free"
+        raise DoesNotFit(f"a host tier of {format_bytes(wanted)} cannot be; give --host-kv-memory {room}")
+    return wanted // block_bytes
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that could be allocated now."""
     if device.type == "cuda":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def site(self, *, strict: bool = False, replicas: int = 1) -> Site:
         """The calibrated engine, to be simulated."""
-        return Site(self.settings, self.capacity, self.cost(strict=strict), self.token_budget, replicas)
+        capacity = replace(self.capacity, host_blocks=0)  # what copies cost was not measured
+        return Site(self.settings, capacity, self.cost(strict=strict), self.token_budget, replicas)
 
 
 # -- fitting -----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from headrace.core.step import Run, Sampled, StepPlan, StepResult, Work
 from headrace.core.types import RequestId
 from headrace.sim.beside import Beside
 from headrace.sim.cost.batch import Batch, CostModel, StepCost, batch_of_plan, cut_of_plan, estimate_cut
+from headrace.sim.cost.copies import HostLink
 from headrace.sim.cost.divided import Divided, Price, price_of
 from headrace.sim.drafts import Acceptance
 from headrace.sim.spent import Spent
@@ -42,8 +43,8 @@ class _Answer:
 
 class SimulatedExecutor:
     """`lengths` holds the output tokens of every request that is admitted. `windows` are the attention windows of the
-    model; `spent` hears what steps cost; without `acceptance` no draft is right. Raises RuntimeError on a clock that is
-    real."""
+    model; `spent` hears what steps cost; without `acceptance` no draft is right; `host` prices copies, where there is a
+    host tier. Raises RuntimeError on a clock that is real."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class SimulatedExecutor:
         windows: tuple[int, ...] = (),
         spent: Spent | None = None,
         acceptance: Acceptance | None = None,
+        host: HostLink | None = None,
     ) -> None:
         self._capacity = capacity
         self._cost = cost
@@ -62,6 +64,7 @@ class SimulatedExecutor:
         self._spent = spent
         self._beside = Beside(Divided(cost), spent)  # for plans of several lanes
         self._acceptance = acceptance
+        self._host = host
         self._batch = Batch()  # of the plan under way
         self._price_of_one: StepCost | None = None  # and its price, unless it is a line
         self._answers: dict[RequestId, _Answer] = {}
@@ -141,6 +144,9 @@ class SimulatedExecutor:
 
     def _price(self, plan: StepPlan) -> Run:
         """How many repetitions there will be if nobody interrupts, and what each costs."""
+        if plan.copies:
+            self._price_of_one = self._with_copies(plan)
+            return Run(1, self._price_of_one.seconds)
         if not plan.others and plan.beat is None:
             self._price_of_one = StepCost(0.0)
             return Run(1, 0.0)
@@ -160,6 +166,15 @@ class SimulatedExecutor:
             return run
         left_s = plan.until_s - self._begun_s  # the first repetition that ends after them is the last
         return run._replace(steps=1 + bisect_left(range(1, run.steps), left_s, key=run.until))
+
+    def _with_copies(self, plan: StepPlan) -> StepCost:
+        """Such a plan stands for one step."""
+        assert self._host is not None, "the capacity has a host tier, and nobody said what it costs"
+        self._price(plan._replace(copies=()))
+        work = self._price_of_one or self._cost.estimate(self._batch)
+        seconds = self._host.step_s(plan, work.seconds)
+        moved = sum(len(copy.pairs) for copy in plan.copies) * self._host.block_bytes
+        return work._replace(seconds=seconds, copy_s=seconds - work.seconds, copied_bytes=moved)
 
     def _account(self, spent: Spent, steps: int) -> None:
         """Along a line every term is affine in the number of the step, so the middle one is the mean of all."""

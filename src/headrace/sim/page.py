@@ -165,7 +165,8 @@ def _terms(main: Element, runs: Named) -> None:
         main, "What the steps spend their time on", "Every operator's time goes to the resource that bounds it."
     )
     legend = SubElement(place, "p", {"class": "legend"})
-    for colour, term in enumerate(TERMS):
+    seen = {term for _, _, report in runs for term in report.totals.spent.shares()}
+    for colour, term in enumerate(term for term in TERMS if term in seen):
         SubElement(legend, "span", {"class": f"dot c{colour}"})
         SubElement(legend, "span", {"class": "told"}).text = term
     height = TOP + 30 * len(runs) + 6

@@ -25,6 +25,7 @@ from headrace.engine.loop import Engine
 from headrace.engine.policy import Policies, choose
 from headrace.engine.scheduler import Scheduler
 from headrace.sim.cost.batch import CostModel
+from headrace.sim.cost.copies import HostLink
 from headrace.sim.drafts import Acceptance, guesses
 from headrace.sim.executor import SimulatedExecutor
 from headrace.sim.feed import Feed
@@ -71,6 +72,7 @@ class Site:
     max_new_tokens: int = 1 << 14  # for arrivals that name no limit
     slo: SLO | None = None  # for arrivals that name none
     acceptance: Acceptance | None = None  # of drafts, where the settings ask for some
+    host: HostLink | None = None  # the way to the host tier, if the capacity has one
 
 
 @dataclass(slots=True)
@@ -115,6 +117,7 @@ class _Replica:
             windows=site.windows,
             spent=self.stats.totals.spent,
             acceptance=site.acceptance,
+            host=site.host,
         )
         policies = site.policies(site.settings, feed.lengths)
         if policies.drafter is not None and site.acceptance is not None:

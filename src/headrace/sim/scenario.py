@@ -24,11 +24,12 @@ from headrace.sim.calibration import load
 from headrace.sim.cost.analytic import Analytic
 from headrace.sim.cost.batch import CostModel, batch_of, windows_of
 from headrace.sim.cost.conventions import CONVENTIONS, Convention
+from headrace.sim.cost.copies import HostLink
 from headrace.sim.cost.divided import Divided
 from headrace.sim.cost.placement import BadPlacement, Formats, Parallel, Placement
 from headrace.sim.drafts import parse_acceptance
 from headrace.sim.executor import MOST_STEPS
-from headrace.sim.hardware import Topology, device, link
+from headrace.sim.hardware import Link, Topology, device, link
 from headrace.sim.hfconfig import from_hf
 from headrace.sim.models import model
 from headrace.sim.run import Dispatch, Site, least_tokens, round_robin
@@ -179,21 +180,38 @@ def _catalogued(scenario: Scenario) -> Site:
     steps = MOST_STEPS if settings.fast_forward else 1
     layers = shape.layers if settings.pipeline == 1 else 1  # stages take turns with whole steps
     context = min(shape.max_context_tokens, blocks * engine.block_tokens)
+    host, host_blocks, least = _host_tier(where, engine, cost)
     return Site(
         engine,
-        Capacity(blocks, engine.block_tokens, context, shape.vocab, steps, layers),
+        Capacity(blocks, engine.block_tokens, context, shape.vocab, steps, layers, host_blocks, least),
         cost,
         token_budget=step_tokens(engine, cost, windows_of(shape)),
         replicas=settings.replicas,
         windows=windows_of(shape),
         policies=partial(policy.choose, predict=Divided(cost).predict),
         slo=parse_slo(scenario.traffic[0].slo),
+        host=host,
     )
+
+
+def _host_tier(where: Placement, engine: EngineSettings, cost: CostModel) -> tuple[HostLink | None, int, int]:
+    """The way to the host's memory, the blocks there, and how many of them are worth a copy. Every device keeps its
+    own part of a block there."""
+    if not engine.host_kv_memory:
+        return None, 0, 1
+    chip, block_bytes = where.device, engine.block_tokens * where.kv_bytes_per_token
+    road = chip.host or Link("memory", chip.memory_bytes_per_s / 2, 0.0)  # read and written again
+    host = HostLink(road, block_bytes, launches=2 * where.stage_layers)
+    blocks = int(engine.host_kv_memory // (block_bytes * where.parallel.devices / where.parallel.data))
+    _, per_token_s = step_line(cost, windows_of(where.shape))
+    return host, blocks, host.least_blocks(engine.block_tokens * per_token_s)
 
 
 def _calibrated(scenario: Scenario, path: Path) -> Site:
     """The engine that was measured, under the settings that are asked about."""
     engine, calibration = scenario.engine, load(path)
+    if engine.host_kv_memory:
+        raise BadSetting("a calibration does not say what copies to the host cost; leave --host-kv-memory out")
     capacity, measured = calibration.capacity, calibration.settings
     if engine.block_tokens != capacity.block_tokens:
         raise BadSetting(f"{path} was measured with --block-tokens {capacity.block_tokens}; ask for the same")
@@ -202,7 +220,7 @@ def _calibrated(scenario: Scenario, path: Path) -> Site:
         budget = calibration.token_budget
     return Site(
         engine,
-        replace(capacity, steps=MOST_STEPS if scenario.simulate.fast_forward else 1),
+        replace(capacity, steps=MOST_STEPS if scenario.simulate.fast_forward else 1, host_blocks=0),
         cost,
         token_budget=budget or step_tokens(engine, cost, ()),
         replicas=scenario.simulate.replicas,
@@ -217,10 +235,15 @@ def step_tokens(engine: EngineSettings, cost: CostModel, windows: tuple[int, ...
         return engine.token_budget
     if engine.lanes != "one":
         return policy.LANE_STEP_TOKENS
+    base_s, per_token_s = step_line(cost, windows)
+    return policy.token_budget(engine.inter_token_ms / 1000, base_s, per_token_s, floor=policy.LEAST_STEP_TOKENS)
+
+
+def step_line(cost: CostModel, windows: tuple[int, ...]) -> tuple[float, float]:
+    """Seconds of a prefill step as a + b * tokens."""
     few, many = (cost.estimate(batch_of([(0, tokens)], 1, windows)).seconds for tokens in (2, 2048))
     per_token_s = (many - few) / 2046
-    target_s = engine.inter_token_ms / 1000
-    return policy.token_budget(target_s, few - 2 * per_token_s, per_token_s, floor=policy.LEAST_STEP_TOKENS)
+    return few - 2 * per_token_s, per_token_s
 
 
 def _too_small(where: Placement, settings: SimulateSettings) -> str:

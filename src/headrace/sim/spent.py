@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from headrace.sim.cost.batch import StepCost
 
-TERMS = ("compute", "memory", "network", "overhead")
+TERMS = ("compute", "memory", "network", "overhead", "copy")
 
 
 @dataclass(slots=True)
@@ -17,6 +17,8 @@ class Spent:
     memory_s: float = 0.0
     network_s: float = 0.0
     overhead_s: float = 0.0
+    copy_s: float = 0.0  # of copies between the tiers that no work hid
+    copied_bytes: float = 0.0
     seconds: float = 0.0
     joules: float = 0.0  # 0 when the power of the device is unknown
     flops: float = 0.0
@@ -30,6 +32,8 @@ class Spent:
         self.memory_s += steps * cost.memory_s
         self.network_s += steps * cost.network_s
         self.overhead_s += steps * cost.overhead_s
+        self.copy_s += steps * cost.copy_s
+        self.copied_bytes += steps * cost.copied_bytes
         self.seconds += steps * cost.seconds
         self.joules += steps * cost.joules
         self.flops += steps * cost.flops
@@ -42,6 +46,7 @@ class Spent:
             setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
     def shares(self) -> dict[str, float]:
-        """Of the time in steps, by term; all 0 before the first step."""
-        total = sum(getattr(self, f"{term}_s") for term in TERMS) or 1.0
-        return {term: getattr(self, f"{term}_s") / total for term in TERMS}
+        """Of the time in steps, by term, copies if there were any; all 0 before the first step."""
+        terms = TERMS if self.copied_bytes else TERMS[:-1]
+        total = sum(getattr(self, f"{term}_s") for term in terms) or 1.0
+        return {term: getattr(self, f"{term}_s") / total for term in terms}

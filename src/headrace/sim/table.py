@@ -90,6 +90,8 @@ def headline(site: Site, report: Report) -> list[tuple[str, str]]:
         rows.append(("drafts", f"{totals.drafted_tokens:,} tokens, {right:.1%} accepted"))
     if totals.preemptions:
         rows.append(("preemptions", f"{totals.preemptions:,}, {totals.lost_tokens:,} tokens lost"))
+    if totals.spent.copied_bytes:
+        rows.append(("host tier", f"{format_bytes(totals.spent.copied_bytes)} copied out and in, by each device"))
     if totals.spent.joules and totals.output_tokens:
         joules = totals.spent.joules / totals.output_tokens
         rows.append(("energy", f"{short(three(joules))} J per output token, in steps"))

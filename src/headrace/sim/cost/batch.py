@@ -171,7 +171,7 @@ def cut_of_plan(plan: StepPlan, layers: int, windows: tuple[int, ...] = ()) -> C
 class StepCost(NamedTuple):
     """The price of one step on all devices of a replica together.
 
-    The four terms add up to `seconds`: every operator's time goes to the resource that bounds it. Work that a faster
+    The terms add up to `seconds`: every operator's time goes to the resource that bounds it. Work that a faster
     resource hides costs nothing here; `flops` and the bytes say how much of it there is.
     """
 
@@ -184,6 +184,8 @@ class StepCost(NamedTuple):
     flops: float = 0.0
     memory_bytes: float = 0.0
     network_bytes: float = 0.0
+    copy_s: float = 0.0  # copies between the tiers, as far as no work hides them
+    copied_bytes: float = 0.0  # by every device
     extrapolated: bool = False  # a fitted model left the range it was fitted on
 
     @property
