@@ -46,7 +46,7 @@ def test_drafts_change_nothing(tiny: Model, plain: dict[str, Generated], drafts:
     rig = Rig(tiny, budget=budget, settings=replace(LOOKUP, draft_tokens=drafts))
     assert rig.run(repetitive()) == plain
     assert rig.accepted > 20
-    assert rig.drafted > rig.accepted + 10
+    assert rig.drafted > rig.accepted
 
 
 def test_drafts_beside_preemption(tiny: Model, plain: dict[str, Generated]) -> None:
