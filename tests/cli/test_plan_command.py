@@ -21,3 +21,45 @@ def test_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert json.loads(out.read_text())["subject"] == "llama-3.1-8b in bf16 on L40S"
     assert plan("fit", "llama-3.1-70b", "--device", "L40S") == 2
     assert "What would fit: " in capsys.readouterr().err
+
+
+SMALL = ["--devices", "2xL40S", "--requests", "40", "--arrivals", "poisson:3", "--lengths", "100:600,20:120"]
+
+
+def test_a_plan_is_found_written_and_simulated_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out, html, numbers = (tmp_path / name for name in ("plan.toml", "plan.html", "plan.json"))
+    words = ["--slo", "ttft=1.0,tpot=0.05", "--formats", "bf16", "--processes", "1"]
+    files = ["--out", str(out), "--html", str(html), "--json", str(numbers)]
+    assert plan("llama-3.1-8b", *SMALL, *words, *files) == 0
+    assert capsys.readouterr().out.startswith("RECOMMENDED for cost")
+    found = json.loads(numbers.read_text())["recommended"]
+    assert "How sure is this?" in html.read_text()
+    again = tmp_path / "again.json"
+    assert main(["simulate", "--plan", str(out), "--json", str(again)]) == 0
+    simulated = json.loads(again.read_text())["simulations"][0]
+    assert simulated["end to end mean ms"] == pytest.approx(1e3 * found["e2e_s"], rel=1e-5)
+    assert simulated["SLO kept"] == pytest.approx(found["kept"], rel=1e-5)
+
+
+def test_a_newcomer_answers_questions(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["llama-3.1-8b", "1xL40S", "20", "", "chat", "patient"])
+    monkeypatch.setattr("builtins.input", lambda question: next(answers))
+    assert plan("--interactive", "--requests", "20", "--formats", "bf16", "--processes", "1") == 0
+    assert "on 1 L40S" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["llama-3.1-9b"], "did you mean"),
+        (["llama-3.1-8b", "--formats", "fp7"], "fp7"),
+        (["llama-3.1-8b", "--devices", "2x8xH100-SXM"], "@ib-ndr"),
+        (["llama-3.1-8b", "--arrivals", "closed:4"], "arrivals with a rate"),
+        (["llama-3.1-8b", "--simulations", "0"], "--simulations"),
+        (["llama-3.1-8b", "--out", "/no/such/folder/plan.toml"], "/no/such/folder"),
+    ],
+)
+def test_bad_questions_get_a_clear_no(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(*words) == 2
+    printed = capsys.readouterr().err
+    assert expected in printed and "Traceback" not in printed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import headrace
 from headrace.cli import bench, calibrate, chat, models, plan, pull, replay, reproduce, serve, simulate, tune
@@ -33,10 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="headrace", description=headrace.__doc__, formatter_class=Formatter)
     top.add_argument("--version", action="version", version=f"headrace {headrace.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         command.add(commands)
     return top
+
+
+class Parser(argparse.ArgumentParser):
+    """One of whose commands may go without saying."""
+
+    usual: tuple[str, frozenset[str]] | None = None  # that command, and the first words that are not meant for it
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.usual and args is not None and not (args and args[0] in self.usual[1]):
+            args = [self.usual[0], *args]
+        return super().parse_known_args(args, namespace)
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):

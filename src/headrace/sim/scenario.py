@@ -120,6 +120,7 @@ def placement(settings: SimulateSettings) -> Placement:
         settings.pipeline,
         settings.attention_copies,
         settings.spread_experts,
+        settings.microbatches,
     )
     weights, activation_bits = WEIGHTS[settings.weights]
     formats = Formats(weights, KVS[settings.kv], activation_bits)

@@ -22,6 +22,7 @@ class SimulateSettings:
     dispatch: str = setting("round-robin", "which replica a request goes to", ("round-robin", "least-tokens"))
     tensor: int | None = setting(None, "devices that share every layer; by default all of a stage")
     pipeline: int = setting(1, "stages, each with its share of the layers")
+    microbatches: int = setting(1, "parts of a step that follow each other through the stages")
     attention_copies: int = setting(1, "copies of the attention within a stage, each for its own requests")
     spread_experts: bool = setting(False, "experts lie whole on one device each, instead of in slices on all")
     weights: str = setting("bf16", "format of the weights; fp8 and int8 multiply in 8 bits", FORMATS)
@@ -46,6 +47,7 @@ class SimulateSettings:
         bounds = {
             "replicas": (1, 10_000),
             "pipeline": (1, 1024),
+            "microbatches": (1, 1024),
             "tensor": (1, 1024),
             "attention_copies": (1, 1024),
             "memory_use": (0.01, 1.0),

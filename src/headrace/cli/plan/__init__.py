@@ -3,6 +3,7 @@
 The question is the first word; a model's name alone asks `search`.
 
 Examples:
+  headrace plan llama-3.1-70b --devices 8xH100-SXM --arrivals poisson:4 --slo ttft=1.0,tpot=0.05
   headrace plan fit llama-3.1-70b --device 4xH100-SXM --show-work
 """
 
@@ -10,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.cli.plan import fit
+from headrace.cli.plan import fit, search
 
-QUESTIONS = (fit,)
+QUESTIONS = (search, fit)
 
 
 def add(commands: Any) -> None:
@@ -24,3 +25,4 @@ def add(commands: Any) -> None:
     questions = parser.add_subparsers(dest="question", required=True, metavar="QUESTION")
     for question in QUESTIONS:
         question.add(questions)
+    parser.usual = ("search", frozenset(questions.choices) | {"-h", "--help"})
