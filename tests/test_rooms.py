@@ -40,6 +40,7 @@ ONLY_IN = {  # a package -> the places that may import it
     "prometheus_client": {"gateway"},
     "httptools": {"bench"},
     "ray": {"cluster/ray.py"},
+    "highspy": {"sim/plan/mix.py"},
     "numpy": {"device", "sim", "bench"},
     "time": {"core/clock.py"},
     "asyncio": {

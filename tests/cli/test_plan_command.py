@@ -63,3 +63,17 @@ def test_bad_questions_get_a_clear_no(words: list[str], expected: str, capsys: p
     assert plan(*words) == 2
     printed = capsys.readouterr().err
     assert expected in printed and "Traceback" not in printed
+
+
+def test_a_mix_of_a_measured_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    content = {
+        "gpu_info": {"small": {"cost": 1.0, "tputs": [[2]]}, "large": {"cost": 3.0, "tputs": [[5]]}},
+        "workload_distribution": [[1.0]],
+        "total_request_rate": 4.0,
+    }
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps(content))
+    assert plan("mix", "--table", str(table)) == 0
+    assert capsys.readouterr().out.startswith("CHEAPEST: 2 small for $2.00 an hour.")
+    assert plan("mix", "llama-3.1-8b") == 2
+    assert "--slo" in capsys.readouterr().err

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.cli.plan import fit, search
+from headrace.cli.plan import fit, mix, search
 
-QUESTIONS = (search, fit)
+QUESTIONS = (search, fit, mix)
 
 
 def add(commands: Any) -> None:
