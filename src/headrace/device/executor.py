@@ -2,7 +2,7 @@
 
 Owns what it must remember of each request between steps: its tokens, its block table, its sampling
 state, and the states of tokens that are on their way through the layers. Decides nothing. Steps run one after the other
-on one thread of their own, so the event loop stays free.
+on one thread of their own, so the event loop stays free; those of several lanes side by side, see `lanes`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from headrace.device.attention import Rows
 from headrace.device.control import Bits, Controls, SequenceController
 from headrace.device.hosttier import HostTier
 from headrace.device.kvstore import KVStore
+from headrace.device.lanes import Workers
 from headrace.device.sampler import Row, describe, joined, sample
 
 _LOGIT_ROWS = 64  # rows of logits computed at once for prompt log-probabilities and drafts: bounds their memory
@@ -72,7 +73,8 @@ class _Sequence:
 
 
 class Forward(Protocol):
-    """Sends rows through layers and over the KV memory that it holds: with torch, or with native kernels."""
+    """Sends rows through layers and over the KV memory that it holds: with torch, or with native kernels. Under several
+    lanes two threads call at once, for other rows and other blocks."""
 
     @property
     def shape(self) -> ModelShape: ...
@@ -117,6 +119,8 @@ class ModelExecutor:
         self._sequences: dict[RequestId, _Sequence] = {}
         self._thread = thread or one_thread()
         self._host = host
+        self._workers: Workers | None = None  # once a plan has several lanes
+        self._computing: dict[int, frozenset[RequestId]] = {}  # by lane
 
     @property
     def shape(self) -> ModelShape:
@@ -136,7 +140,28 @@ class ModelExecutor:
         return self._thread
 
     async def run(self, plan: StepPlan) -> StepResult:
+        if len(plan.lanes) > 1:
+            return await self._run_beside(plan)
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.step, plan)
+
+    async def _run_beside(self, plan: StepPlan) -> StepResult:
+        """`run` where other lanes have steps under way. What a plan admits and releases counts in the order of the
+        calls, so that is done here; what it computes belongs to its lane alone."""
+        self._workers = self._workers or Workers()
+        works = plan.work
+        try:
+            self._update(plan, works)
+            self._computing[plan.lane] = frozenset(work.request_id for work in works)
+            thread = self._workers.of(plan.lane, plan.lanes)
+            return await asyncio.get_running_loop().run_in_executor(thread, self._perform, plan, works)
+        except BaseException:
+            self._computing.pop(plan.lane, None)
+            beside = frozenset[RequestId]().union(*self._computing.values())
+            for request_id in self._sequences.keys() - beside:
+                del self._sequences[request_id]
+            raise
+        finally:
+            self._computing.pop(plan.lane, None)
 
     def interrupt(self) -> None:
         """Its plans stand for one step each."""
@@ -145,25 +170,30 @@ class ModelExecutor:
         self._thread.shutdown(wait=True, cancel_futures=True)
         if self.controls is not None:
             self.controls.close()
+        if self._workers is not None:
+            self._workers.close()
 
-    @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
         """Perform one plan, blocking. On any error every request is forgotten, as the port says."""
         try:
             works = plan.work
             self._update(plan, works)
             with self._copying(plan):
-                if not works:
-                    return StepResult(plan.step, {})
-                masks = self._begin_masks(works)
-                computed, hidden = self._compute(works)
-                allowed = masks.result() if masks else {}
-                sampled = self._sample(computed, hidden, allowed)
-                failed = self._failed(allowed)
-                return StepResult(plan.step, sampled, self._prompt_logprobs(computed, hidden), failed=failed)
+                return self._perform(plan, works)
         except BaseException:
             self._sequences.clear()
             raise
+
+    @torch.inference_mode()
+    def _perform(self, plan: StepPlan, works: Sequence[Work]) -> StepResult:
+        if not works:
+            return StepResult(plan.step, {})
+        masks = self._begin_masks(works)
+        computed, hidden = self._compute(works)
+        allowed = masks.result() if masks else {}
+        sampled = self._sample(computed, hidden, allowed)
+        failed = self._failed(allowed)
+        return StepResult(plan.step, sampled, self._prompt_logprobs(computed, hidden), failed=failed)
 
     def measure(self, tokens: Sequence[int]) -> list[tuple[int, float]]:
         """(tokens, seconds) of steps that prefill so many tokens, the better of two after one to warm up. Uses blocks

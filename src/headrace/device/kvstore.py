@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class KVStore:
         self.values = [_zeros(size, dtype, device) for _ in range(shape.layers)]
         self.blocks = blocks
         self.block_tokens = block_tokens
-        self._scratch = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
+        self._scratch = threading.local()  # two stretches of memory for each thread that reads
 
     @staticmethod
     def block_bytes(shape: ModelShape, block_tokens: int, dtype: torch.dtype) -> int:
@@ -50,7 +51,7 @@ class KVStore:
 
     def read(self, layer: int, strips: Tensor) -> tuple[Tensor, Tensor]:
         """K and V at `strips` [kv_heads, n, m], each [kv_heads * n, m * block_tokens, head_dim]: copies in scratch
-        memory, good until the next read."""
+        memory, good until the thread's next read."""
         planes = (self.keys[layer], self.values[layer])
         keys, values = (self._gather(plane, strips, which) for which, plane in enumerate(planes))
         return keys, values
@@ -59,9 +60,11 @@ class KVStore:
         heads, n, m = strips.shape
         width = plane.shape[-1]
         by_strip = plane.view(heads * self.blocks, self.block_tokens * width)
-        if self._scratch[which].numel() < strips.numel() * by_strip.shape[1]:
-            self._scratch[which] = plane.new_empty(strips.numel() * by_strip.shape[1])
-        out = self._scratch[which][: strips.numel() * by_strip.shape[1]].view(strips.numel(), -1)
+        scratch: dict[int, Tensor] = self._scratch.__dict__.setdefault("planes", {})
+        elements = strips.numel() * by_strip.shape[1]
+        if which not in scratch or scratch[which].numel() < elements:
+            scratch[which] = plane.new_empty(elements)
+        out = scratch[which][:elements].view(strips.numel(), -1)
         return torch.index_select(by_strip, 0, strips.flatten(), out=out).view(heads * n, m * self.block_tokens, width)
 
 

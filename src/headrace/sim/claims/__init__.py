@@ -14,11 +14,13 @@ from headrace.sim.claims import (
     hexgen,
     layered,
     nanoflow,
+    nexus,
     orca,
     paging,
     past_future,
     reasoning,
     sarathi,
+    semi_pd,
     splitfuse,
     tokenweave,
 )
@@ -41,6 +43,8 @@ _MODULES = (
     tokenweave,
     fastswitch,
     reasoning,
+    semi_pd,
+    nexus,
 )
 CLAIMS: Mapping[str, Claim] = {claim.name: claim for module in _MODULES for claim in module.CLAIMS}
 
@@ -52,16 +56,8 @@ NOT_YET = (
     ),
     Missing(
         "semi-PD",
-        "1.55 times the rate of chunked prefill (1,024) at 90 % of the SLO on Llama-3-8B, 1.72 of vLLM-D, 1.62 of "
-        "DistServe.",
-        "Two lanes on one device with shares of its processors.",
-    ),
-    Missing(
-        "Nexus",
-        "Up to 2.2 times the throughput, 20 times shorter TTFT and 2.5 times shorter TBT than vLLM; p95 TTFT gets "
-        "worse.",
-        "Two lanes; and its equations: alpha, beta and the form of its saturation were not published where we could "
-        "read.",
+        "1.62 times the rate of DistServe at 90 % of the SLO on Llama-3-8B.",
+        "Roles of replicas. `semi-pd-goodput` judges it against systems on one device.",
     ),
     Missing(
         "Sarathi-Serve",
