@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.core import clock, config
-from headrace.core.config import DeviceSettings, EngineSettings, GatewaySettings
+from headrace.core.config import BadSetting, DeviceSettings, EngineSettings, GatewaySettings
 from headrace.core.metrics import Metrics
 from headrace.core.ports import Executor, Observer
 
@@ -101,7 +101,7 @@ def assemble(
     from headrace.engine.scheduler import Scheduler
 
     engine_settings = config.load(EngineSettings, args, toml)
-    device_settings = config.load(DeviceSettings, args, toml)
+    device_settings = for_lanes(engine_settings, config.load(DeviceSettings, args, toml))
     checkpoint = open_model(args.model, phase)
     sizes = (engine_settings.block_tokens, engine_settings.max_running)
     step_tokens = COHORT_TOKENS if engine_settings.batch == "layered" else MOST_STEP_TOKENS
@@ -162,6 +162,15 @@ def token_budget(settings: EngineSettings, steps: tuple[tuple[int, float], ...])
     base_s, per_token_s = step_price(steps)
     target_s = settings.inter_token_ms / 1000
     return policy.token_budget(target_s, base_s, per_token_s, floor=policy.LEAST_STEP_TOKENS, ceiling=MOST_STEP_TOKENS)
+
+
+def for_lanes(engine: EngineSettings, device: DeviceSettings) -> DeviceSettings:
+    """Two lanes compute with torch: native kernels keep one memory for the step under way."""
+    if engine.lanes == "one":
+        return device
+    if device.kernels == "native":
+        raise BadSetting("--kernels native computes one step at a time; take --lanes one, or --kernels torch")
+    return replace(device, kernels="torch")
 
 
 def step_price(steps: tuple[tuple[int, float], ...]) -> tuple[float, float]:

@@ -82,8 +82,8 @@ CLAIMS = (
         because=(
             "Its equations were not published where we could read: the values of alpha, beta, delta and of the switch "
             "by KV use, the form of its saturation and of its contention are chosen here.",
-            "At the load that the chunked baseline can just serve, arithmetic decides TTFT, and lanes leave a part of it "
-            "to decodes: so shortest prompt first alone gains more here than with lanes, which buy time between tokens.",
+            "At the load that the chunked baseline can just serve, arithmetic decides TTFT, and lanes leave some of it "
+            "to decodes: shortest prompt first alone gains more here than with lanes, which buy time between tokens.",
             "How fast a waiting prompt ages decides how long the longest wait; the rate is chosen here.",
             "Both sides run one engine here, so the factors of the abstract, against vLLM, hold engine differences "
             "that are missing.",

@@ -94,6 +94,8 @@ def _converges() -> tuple[float, ...]:
 
 _WHERE = "llama-3.1-8b on an A100-80GB (62 % of the FLOP/s, 80 % of the bandwidth, 3 ms a step)"
 _BECAUSE = (
+    "A decode step takes a tenth of the promised 150 ms here, so TTFT decides: one lane gives a prompt the whole "
+    "device, two never do while anybody decodes. Where tokens are promised sooner than a chunk takes, lanes win.",
     "How compute and bandwidth follow a share of the device is chosen here (`sim/cost/divided.py`): proportional to a "
     "knee at 80 % for compute, all of the bandwidth from 40 % on. Nobody published it for this device.",
     "What was promised twice is divided in proportion here; on a device, kernels of long prompts crowd out those of "
