@@ -90,7 +90,7 @@ class Scheduler:
         self._planner = Planner(self._policies, settings.max_running, capacity.layers, *shared)
         self._arrivals = 0
         if self._policies.shares is not None and capacity.host_blocks:
-            raise HeadraceError("two lanes and a host tier do not go together: take one lane, or no host memory for KV")
+            raise HeadraceError("two lanes have no host tier: take --lanes one, or no --host-kv-memory")
         self._flights = Flights(self._policies.shares)  # planned, and neither committed nor failed
 
     # -- requests come and go ------------------------------------------------------------------------------------------
