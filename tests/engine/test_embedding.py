@@ -43,7 +43,7 @@ def test_a_batch_has_the_oldest_and_fits(lengths: list[int], budget: int) -> Non
 
 
 @settings(derandomize=True, max_examples=30, deadline=None)
-@given(st.lists(st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=9), min_size=1), max_size=8))
+@given(st.lists(st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=9), min_size=1), min_size=1, max_size=8))
 def test_everybody_gets_their_own_vectors(calls: list[list[list[int]]]) -> None:
     async def main() -> None:
         batcher = Batcher(Recorder(), 10_000, 16)
