@@ -28,9 +28,12 @@ CONFIG = {
 }
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, tokenizer: tokenizers.Tokenizer | None = None, **config: object) -> Path:
+    """With a tokenizer of one's own, or other entries of the config."""
     generator = torch.Generator().manual_seed(1)
-    rows = {"gate_proj": FFN, "up_proj": FFN, "embed_tokens": VOCAB}
+    tokenizer = tokenizer or _tokenizer()
+    vocab = tokenizer.get_vocab_size()
+    rows = {"gate_proj": FFN, "up_proj": FFN, "embed_tokens": vocab}
     tensors = {}
     parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj")
     parts += ("mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
@@ -41,8 +44,8 @@ def write(folder: Path) -> Path:
         tensors[f"{name}.weight"] = 0.3 * torch.randn(shape, generator=generator) + ("norm" in part)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    _tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": vocab} | config))
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 

@@ -95,8 +95,9 @@ class Draft:
         if self._thinking is None and self._answer_tokens is None:
             return token_ids
         for at, token_id in enumerate(token_ids):
+            closing = self._phase.part in (Part.THINKING, Part.CLOSING)  # what ends the reasoning is part of it
             self._phase = after(self._phase, self._thinking, self._text.token_bytes(token_id))
-            self._answered += self._phase.part is Part.ANSWER
+            self._answered += self._phase.part is Part.ANSWER and not closing
             if self._answered == self._answer_tokens:
                 self.ended = FinishReason.STOP if token_id in self._stop_token_ids else FinishReason.LENGTH
                 token_ids = token_ids[: at + 1]
