@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the network for prices
 
 import litellm
 from common import EMBEDDING, HELLO, MODEL, WEATHER, play, raises, url

@@ -25,7 +25,7 @@ def main() -> int:
     failed = []
     with (
         tempfile.TemporaryDirectory() as state,
-        serving("smollm2", "--state-dir", state, "--kv-memory", "400MiB") as (url, _),
+        serving("smollm2", "--state-dir", state, "--kv-memory", "400MiB", "--dtype", "fp32") as (url, _),
     ):
         for name in names:
             print(f"== {name}", flush=True)
