@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.cli.plan import fit, mix, search
+from headrace.cli.plan import fit, mix, pools, search
 
-QUESTIONS = (search, fit, mix)
+QUESTIONS = (search, fit, mix, pools)
 
 
 def add(commands: Any) -> None:
