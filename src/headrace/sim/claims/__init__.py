@@ -50,11 +50,6 @@ CLAIMS: Mapping[str, Claim] = {claim.name: claim for module in _MODULES for clai
 
 NOT_YET = (
     Missing(
-        "FastSwitch",
-        "The tail of TTFT (p95 to p99.9) is 1.4 to 5.8 times shorter than in vLLM 0.3.3, throughput up to 1.44 times.",
-        "A swap tier: preemption here computes again. `fastswitch-copies` judges the mechanism alone.",
-    ),
-    Missing(
         "semi-PD",
         "1.62 times the rate of DistServe at 90 % of the SLO on Llama-3-8B.",
         "Roles of replicas. `semi-pd-goodput` judges it against systems on one device.",
