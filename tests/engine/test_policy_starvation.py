@@ -41,7 +41,7 @@ def wait_s(ordering: str, preemption: str = "last-arrived") -> float:
     rig = Rig(16, 8, ordering=ordering, preemption=preemption, max_running=1, max_queue_requests=12, context=40)
     rig.add(make_request("first", [1] * 4, 2, tenant="a", arrival_s=0.0))
     rig.step()
-    rig.add(make_request("victim", [2] * 4, 30, tenant="b", priority=-PRIORITY_LEVELS, arrival_s=rig.now))
+    rig.add(make_request("victim", [2] * 4, 30, tenant="b", priority=1 - PRIORITY_LEVELS, arrival_s=rig.now))
     begun_s = rig.now
     for number in range(int(1.1 * max(BOUND_S.values()) / STEP_S)):
         if rig.tokens("victim"):
