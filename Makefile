@@ -32,8 +32,9 @@ native:
 serve: install
 	@$(BIN)/headrace serve $(MODEL) --port $(PORT)
 
+# A process for every core, so one compute thread in each.
 test: install
-	@scripts/phase "default tests" $(BIN)/python -m pytest
+	@scripts/phase "default tests" env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test-slow: install
 	@scripts/phase "slow tests" $(BIN)/python -m pytest -m slow

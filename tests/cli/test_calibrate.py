@@ -48,7 +48,7 @@ def test_a_calibration_is_measured_stored_and_simulated(
         (["--rows", "0"], "--rows"),
         (["--context", "31"], "--context"),
         (["--rounds", "1000"], "--rounds"),
-        (["--kv-memory", "512KiB", "--rows", "64", "--max-running", "64"], "KV memory"),
+        (["--kv-memory", "256KiB", "--rows", "64", "--max-running", "64"], "KV memory"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

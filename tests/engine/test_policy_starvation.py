@@ -1,5 +1,6 @@
 """Nobody starves: under a flood that an ordering prefers, and that never ends, a request is served within the bound
-that the ordering states. Most floods do delay it, so that the bound is what ends its wait.
+that the ordering states. Most floods do delay it, so that the bound is what ends its wait. Filler, the lowest priority
+level, is work that nobody waits for: it has no bound, and its tests are those of the batch policies.
 """
 
 from __future__ import annotations

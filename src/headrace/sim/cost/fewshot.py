@@ -52,7 +52,7 @@ class FewShot:
         compute, memory, network, overhead, step_s = self.corrections
         compute_s, memory_s, network_s = compute * cost.compute_s, memory * cost.memory_s, network * cost.network_s
         overhead_s = overhead * cost.overhead_s + step_s
-        seconds = compute_s + memory_s + network_s + overhead_s
+        seconds = compute_s + memory_s + network_s + overhead_s + cost.copy_s
         watts = cost.joules / cost.seconds if cost.seconds else 0.0
         return StepCost(
             seconds,
@@ -64,6 +64,8 @@ class FewShot:
             cost.flops,
             cost.memory_bytes,
             cost.network_bytes,
+            cost.copy_s,
+            cost.copied_bytes,
             outside,
         )
 
