@@ -5,6 +5,7 @@
 # make accuracy  the simulator against the live engine on this machine, ten minutes, alone
 # make peers     llama.cpp and OpenVINO in an environment of their own, for benchmarks/peers.py; some minutes
 # make clients   the official clients, each in an environment of its own, against a real server
+# make conformance  20,000 requests that schemathesis makes of /openapi.json, against a real server; some minutes
 # make check     ruff, mypy --strict, the rooms and the sizes
 PYTHON ?= python3
 PORT ?= 8000
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install native serve test test-slow accuracy peers clients check docs clean
+.PHONY: install native serve test test-slow accuracy peers clients conformance check docs clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/installed
@@ -48,6 +49,9 @@ peers:
 clients: install
 	@scripts/phase "install the clients" scripts/client_environments $(PYTHON) tests/clients/environments.txt .venv-clients
 	@scripts/phase "the clients" $(BIN)/python tests/clients/run.py .venv-clients
+
+conformance: install
+	@$(BIN)/python tests/e2e/conformance.py
 
 check: install
 	@scripts/phase "ruff" $(BIN)/ruff check .

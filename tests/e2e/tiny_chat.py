@@ -19,8 +19,8 @@ import tiny_model
 from headrace.cli import parser
 from headrace.cli.assemble import Phases, assemble
 from headrace.cli.extras import Beside, open_beside
-from headrace.core import clock, config
-from headrace.core.config import GatewaySettings
+from headrace.core import clock
+from headrace.core.config import GatewaySettings, load
 from headrace.gateway.app import build
 from headrace.gateway.server import serve
 
@@ -32,10 +32,11 @@ TEMPLATE = (
 END = "<|im_end|>"
 
 
-def write(folder: Path, tokenizer_json: str) -> Path:
+def write(folder: Path, tokenizer_json: str, context_tokens: int = 2048) -> Path:
     """A model folder. It reasons if it is asked to, in a template's way, and writes whatever its noise says."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    tiny_model.write(folder, tokenizer, eos_token_id=tokenizer.token_to_id(END), max_position_embeddings=2048)
+    config = {"eos_token_id": tokenizer.token_to_id(END), "max_position_embeddings": context_tokens}
+    tiny_model.write(folder, tokenizer, **config)
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "chat_template": TEMPLATE}))
     return folder
 
@@ -44,7 +45,7 @@ def write(folder: Path, tokenizer_json: str) -> Path:
 def serving(folder: Path, *flags: str) -> Iterator[str]:
     """The URL of `headrace serve FOLDER FLAGS`, in a thread of its own."""
     args = parser().parse_args(["serve", str(folder), "--port", "0", *flags])
-    settings = config.load(GatewaySettings, args, {})
+    settings = load(GatewaySettings, args, {})
     assembled = assemble(args, {}, Phases(), "tiny", gateway=settings)
     beside = open_beside(assembled, settings, Phases())
     listening = threading.Event()

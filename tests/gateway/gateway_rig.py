@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from headrace.core.metrics import Metrics
 from headrace.core.ports import Capacity, Status
 from headrace.core.types import FinishReason, Output, Request, TokenLogprob, Unavailable, Usage
 from headrace.gateway.app import build
+from headrace.gateway.endpoints import Extras
 from headrace.gateway.server import serve
 from headrace.gateway.text import Text
 
@@ -30,6 +32,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ANSWER = "The headrace feeds the wheel: água, 水, 🌊 and more. "
+LEAK = re.compile(rb"0x[0-9a-f]{6,}|Traceback|site-packages|/(?:home|root|tmp|usr)/|\.py\b")  # of a server's insides
 _CORPUS = [ANSWER, "hello world, what is a headrace? system user assistant"] * 3
 
 
@@ -187,10 +190,13 @@ class Running:
 
 @contextmanager
 def running(
-    service: RoteService, text: Text | None = None, settings: GatewaySettings | None = None
+    service: RoteService,
+    text: Text | None = None,
+    settings: GatewaySettings | None = None,
+    extras: Extras | None = None,
 ) -> Iterator[Running]:
     settings = settings or GatewaySettings(port=0)
-    app = build(service, text or make_text(), settings, Metrics())
+    app = build(service, text or make_text(), settings, Metrics(), extras)
     listening = threading.Event()
     found: dict[str, Any] = {}
 

@@ -439,13 +439,14 @@ def _call(
     )
 
 
+_TOO_LATE = Answer(shapes.Error, says="`deadline_s` has passed before the answer was complete")
 DIALECTS: Sequence[Dialect[Call, Event]] = (
     Dialect(
         Operation(
             "/v1/chat/completions",
             "POST",
             "Answer a conversation",
-            {200: Answer(shapes.ChatCompletion)},
+            {200: Answer(shapes.ChatCompletion), 504: _TOO_LATE},
             shapes.Error,
             CHAT,
             shapes.ChatChunk,
@@ -458,7 +459,7 @@ DIALECTS: Sequence[Dialect[Call, Event]] = (
             "/v1/completions",
             "POST",
             "Continue a text",
-            {200: Answer(shapes.Completion)},
+            {200: Answer(shapes.Completion), 504: _TOO_LATE},
             shapes.Error,
             COMPLETION,
             shapes.Completion,

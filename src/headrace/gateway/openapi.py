@@ -16,7 +16,6 @@ from headrace.gateway.bounds import Body
 
 _REF = "#/components/schemas/{name}"
 _JSON = "application/json"
-_EVENTS = "text/event-stream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,8 @@ class Operation:
     answers: Mapping[int, Answer]  # by status
     error: Any  # the type of every other answer's JSON
     body: Body[Any] | None = None
-    events: Any = None  # the type of one server-sent event's data, where the answer may be a stream
+    events: Any = None  # the type of one event's data, where the answer may be a stream
+    stream_media: str = "text/event-stream"  # how that stream is written
     parameters: Mapping[str, str] = field(default_factory=dict)  # of the path, and what they are
 
     @property
@@ -77,7 +77,7 @@ def _operation(operation: Operation, by_kind: Mapping[str, Any]) -> dict[str, An
     answers = {str(status): _answer(answer, by_kind) for status, answer in operation.answers.items()}
     if operation.events is not None:
         stream = {"schema": {"type": "string"}, "x-event": by_kind[_key(operation.events)]}
-        answers["200"]["content"][_EVENTS] = stream
+        answers["200"]["content"][operation.stream_media] = stream
     wrong = {"description": "what is wrong, in a sentence", "content": _content(operation.error, by_kind)}
     described: dict[str, Any] = {"summary": operation.summary, "responses": {**answers, "default": wrong}}
     if operation.body is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -277,16 +278,21 @@ def _operation(path: str, summary: str, body: Body[Any], answer: Any) -> Operati
     return Operation(path, "POST", summary, {200: Answer(answer)}, reply.Error, body)
 
 
+def _streaming(path: str, summary: str, body: Body[Any], answer: Any) -> Operation:
+    """Whose answer is either one object, or a stream of them."""
+    return replace(_operation(path, summary, body, answer), events=answer, stream_media=NDJSON.decode())
+
+
 GENERATION = (
     Dialect(
-        _operation("/api/chat", "Answer a conversation (Ollama's shape)", CHAT, reply.ChatAnswer),
+        _streaming("/api/chat", "Answer a conversation (Ollama's shape)", CHAT, reply.ChatAnswer),
         parse_chat,
         reply.error_body,
         NDJSON,
         any_type=True,
     ),
     Dialect(
-        _operation("/api/generate", "Answer a prompt (Ollama's shape)", GENERATE, reply.GenerateAnswer),
+        _streaming("/api/generate", "Answer a prompt (Ollama's shape)", GENERATE, reply.GenerateAnswer),
         parse_generate,
         reply.error_body,
         NDJSON,

@@ -1,0 +1,194 @@
+"""`make conformance`: schemathesis makes requests of /openapi.json, right and wrong ones, and the server answers as the
+document says or refuses: no 5xx but those that are documented, bodies and stream events of the published types, nothing
+of the server's insides in an error.
+
+    python tests/e2e/conformance.py [CASES] [--workers N] [--seed N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import jsonschema
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import CHECKS, load_all_checks
+from schemathesis.core.failures import FailureGroup
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "gateway"), str(HERE.parents[1] / "benchmarks")]
+
+from gateway_rig import BYTE_LEVEL, LEAK  # noqa: E402
+from tiny_chat import write  # noqa: E402
+
+FLAGS = ("--kv-memory", "64MiB", "--max-body", "1MiB")
+CHECKED = ("status_code_conformance", "content_type_conformance", "response_schema_conformance")
+MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+LONGEST_S = 60
+
+
+@dataclass(frozen=True)
+class Share:
+    """One worker's part: some cases of one operation."""
+
+    url: str
+    label: str  # as schemathesis names an operation: POST /v1/completions
+    negative: bool
+    cases: int
+    seed: int
+
+
+@dataclass
+class Found:
+    cases: int = 0
+    statuses: Counter[int] = field(default_factory=Counter)
+    wrong: dict[str, str] = field(default_factory=dict)  # by kind of failure: the first that was met
+
+    def add(self, other: Found) -> None:
+        self.cases += other.cases
+        self.statuses += other.statuses
+        self.wrong = other.wrong | self.wrong
+
+
+def shares(url: str, cases: int, seed: int) -> list[Share]:
+    """Operations with a body get ten times the cases of those with only a path, half of them wrong; pages three."""
+    document = requests.get(f"{url}/openapi.json", timeout=10).json()
+    weights: dict[str, int] = {}
+    found: list[Share] = []
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            label = f"{method.upper()} {path}"
+            if "requestBody" in operation or "parameters" in operation:
+                weights[label] = 10 if "requestBody" in operation else 1
+            else:
+                found.append(Share(url, label, False, 3, seed))
+    left = cases - 3 * len(found)
+    for label, weight in weights.items():
+        each = -(-left * weight // sum(weights.values()))
+        wrong = each // 2 if weight > 1 else 0  # a path is never wrong: any text is one
+        found += [
+            Share(url, label, False, each - wrong, seed),
+            *([Share(url, label, True, wrong, seed)] if wrong else []),
+        ]
+    return found
+
+
+@cache
+def _schema(url: str) -> Any:
+    load_all_checks()
+    return schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+
+def play(share: Share) -> Found:
+    """All cases of a share, and what was wrong with the answers."""
+    schema = _schema(share.url)
+    method, path = share.label.split(" ", 1)
+    operation = schema[path][method]
+    session, found = requests.Session(), Found()
+    events = _events(schema.raw_schema, share.label)
+    quick = {"database": None, "deadline": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck)}
+
+    @hypothesis.settings(max_examples=share.cases, **quick)
+    @hypothesis.given(operation.as_strategy(MODES[share.negative]))
+    def ask(case: Case) -> None:
+        if found.cases == share.cases:
+            return
+        response = case.call(share.url, session=session, timeout=LONGEST_S)
+        found.cases += 1
+        found.statuses[response.status_code] += 1
+        for kind, why in _wrong(case, response, events):
+            asked = json.dumps(case.as_curl_command())[:3000]
+            found.wrong.setdefault(f"{share.label}: {kind}", f"{why[:1500]}\n{asked}\n{response.text[:500]}")
+
+    for again in range(share.cases):  # an operation with few distinct requests is asked the same again
+        if found.cases < share.cases:
+            hypothesis.seed(share.seed + again)(ask)()
+    return found
+
+
+def _wrong(case: Case, response: Any, events: Any) -> Iterator[tuple[str, str]]:
+    documented = case.operation.definition.raw["responses"]
+    if response.status_code >= 500 and str(response.status_code) not in documented:
+        yield f"status {response.status_code}", "a server error that the document does not name"
+    try:
+        case.validate_response(response, checks=list(CHECKS.get_by_names(list(CHECKED))))
+    except FailureGroup as group:
+        for failure in group.exceptions:
+            yield f"{type(failure).__name__} of {response.status_code}", str(failure)
+    leak = LEAK.search(response.content) if response.status_code >= 400 else None
+    if leak and leak[0].decode() not in str(case.body) + case.formatted_path:
+        yield "leak", leak[0].decode()
+    if response.status_code == 200 and events and "application/json" not in response.headers["content-type"]:
+        for line in response.text.splitlines():
+            data = line.removeprefix("data: ")
+            if data.startswith("{") and (error := next(events.iter_errors(json.loads(data)), None)):
+                yield "event", f"{error.message} in {line}"
+
+
+def _events(document: Mapping[str, Any], label: str) -> Any:
+    """A validator of one event's data, which may be an error as well."""
+    method, path = label.split(" ", 1)
+    responses = document["paths"][path][method.lower()]["responses"]
+    stream = next((how for how in responses["200"].get("content", {}).values() if "x-event" in how), None)
+    if stream is None:
+        return None
+    error = responses["default"]["content"]["application/json"]["schema"]
+    kinds = {"anyOf": [stream["x-event"], error], "components": document["components"]}
+    return jsonschema.Draft202012Validator(kinds)
+
+
+def all_shares(parts: Sequence[Share], workers: int) -> Found:
+    total = Found()
+    if workers == 1:
+        for part in parts:
+            total.add(play(part))
+        return total
+    with ProcessPoolExecutor(workers) as pool:
+        for found in pool.map(play, sorted(parts, key=lambda part: -part.cases)):
+            total.add(found)
+    return total
+
+
+@contextmanager
+def model() -> Iterator[Path]:
+    """A folder with a model of noise that knows 330 tokens and chats, and room for a server's state."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield write(Path(folder) / "tiny", BYTE_LEVEL, context_tokens=256)
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("cases", nargs="?", type=int, default=20_000)
+    options.add_argument("--workers", type=int, default=2)
+    options.add_argument("--seed", type=int, default=1)
+    args = options.parse_args()
+    from server import serving
+
+    with model() as folder, serving(str(folder), *FLAGS, "--state-dir", str(folder / "state")) as (url, _):
+        found = all_shares(shares(url, args.cases, args.seed), args.workers)
+        alive = requests.get(f"{url}/health/ready", timeout=10)
+    for kind, why in sorted(found.wrong.items()):
+        print(f"== {kind}\n{why}\n")
+    by_status = ", ".join(f"{count} x {status}" for status, count in sorted(found.statuses.items()))
+    print(
+        f"{found.cases} cases, seed {args.seed}: {by_status}; {len(found.wrong)} kinds of failures; then {alive.text}"
+    )
+    return int(bool(found.wrong) or found.cases < args.cases or alive.status_code != 200)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
