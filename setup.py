@@ -41,8 +41,8 @@ class Build(build_ext):
             print(f"headrace is built without its native kernels: {error}", file=sys.stderr)  # noqa: T201
 
 
-SOURCES = [f"{FOLDER}/{name}.cpp" for name in ("pool", "pack", "step")]
-HEADERS = [f"{FOLDER}/{name}.h" for name in ("layout", "vector", "pool")]
+SOURCES = [f"{FOLDER}/{name}.cpp" for name in ("pool", "pack", "draw", "step")]
+HEADERS = [f"{FOLDER}/{name}.h" for name in ("layout", "vector", "draw", "pool")]
 KERNELS = Extension(
     "headrace.device.native.kernels",
     SOURCES,

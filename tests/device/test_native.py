@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from headrace.device.attention import Rows
 from headrace.device.checkpoint import Checkpoint
 from headrace.device.llama import LlamaConfig
 from headrace.device.native import library
-from headrace.device.native.forward import NativeForward, shared_tiles, why_not
+from headrace.device.native.forward import NativeForward, OutOfBounds, shared_tiles, why_not
 
 HERE = [name for name in library.VARIANTS if library.variant(name)]
 DENSE = {
@@ -127,6 +128,32 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(kv: KVFormat) -> None:
     assert found == [2, 2, 2, 2, 0, 0, 2, 2, 2, 2, 2]
     assert torch.equal(torch.cat([run(rows([n], 160, 1), 160, 1) for n in range(12)]), together)
     assert torch.equal(together[:1].expand(12, -1), together)  # the same tokens, wherever their KV lies
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"table": [0, 1, 128]}, {"table": [0, -1, 2]}, {"table": [0, 2**32, 2]}, {"table": [0, 1]}, {"start": -1},
+        {"count": 0}, {"row": 1}, {"ids": [7] * 32 + [500]}, {"ids": [-1] * 33}, {"ids": [7] * 32}, {"layers": (0, 4)},
+        {"layers": (-1, 3)}, {"layers": (2, 1)}, {"asked": [33]}, {"asked": [-1]}, {"layers": (1, 3)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_outside_of_memory_is_touched(change: dict[str, Any]) -> None:
+    """A step is good, and with any one thing changed it is refused before native code sees it."""
+    model = NativeModel(TINY, Given(random_weights(3))).forward(128)
+
+    def run(
+        table: Sequence[int] = (0, 1, 127), start: int = 0, count: int = 33, row: int = 0,
+        ids: Sequence[int] = (7,) * 33, layers: tuple[int, int] = (0, 3), asked: Sequence[int] = (0, 32),
+    ) -> None:  # fmt: skip
+        rows = Rows(row, start, count, np.array(table, dtype=np.int64))
+        x = torch.zeros(34, model.shape.hidden) if layers[0] > 0 else None
+        model.logits(model.layers([rows], *layers, ids, x), np.array(asked))
+
+    run()
+    with pytest.raises(OutOfBounds):
+        run(**change)
 
 
 def test_a_file_s_own_blocks_are_not_rounded_again(smollm2_checkpoint: Checkpoint) -> None:

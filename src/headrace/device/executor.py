@@ -98,6 +98,10 @@ class Forward(Protocol):
         """Of some rows after the last layer: [len(rows), vocab] float32, memory of its own until the next call."""
         ...
 
+    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        """A token for every row of logits, as `sampler.draw`. May overwrite them."""
+        ...
+
 
 class ModelExecutor:
     """An `Executor` for one model on one device, whatever computes its layers."""
@@ -325,10 +329,13 @@ class ModelExecutor:
         drawing = [work for work in works if work.sample]
         at_once = max(len(drawing), _LOGIT_ROWS)  # no more logits in memory than without drafts
         drawn = chain.from_iterable(
-            sample(self._forward.logits(hidden, np.array(wanted[at : at + at_once])), rows[at : at + at_once])
+            self._drawn(hidden, wanted[at : at + at_once], rows[at : at + at_once])
             for at in range(0, len(wanted), at_once)
         )
         return {work.request_id: self._accept(work, drawn) for work in drawing}
+
+    def _drawn(self, hidden: Tensor, wanted: Sequence[int], rows: Sequence[Row]) -> list[Sampled]:
+        return sample(self._forward.logits(hidden, np.array(wanted)), rows, self._forward.draw)
 
     def _accept(self, work: Work, drawn: Iterator[Sampled]) -> Sampled:
         """Keep what was drawn up to the first token that is not the next draft."""

@@ -18,6 +18,7 @@ from headrace.device.attention import Rows, kernel_for
 from headrace.device.kvstore import KVStore
 from headrace.device.linear import Linears
 from headrace.device.llama import Llama
+from headrace.device.sampler import Row, draw
 
 
 class TorchForward:
@@ -54,6 +55,9 @@ class TorchForward:
         padded = np.zeros(self.linears.padded(len(rows)), dtype=np.int64)
         padded[: len(rows)] = rows
         return self.model.logits(hidden.index_select(0, self._on_device(padded)))[: len(rows)]
+
+    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        return draw(logits, rows)
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.linears.device)

@@ -8,7 +8,7 @@ vocabulary go through `cumsum`, which adds one row's numbers in order whatever t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -21,6 +21,7 @@ from headrace.core.types import Sampling, TokenLogprob
 
 _FIRST_CANDIDATES = 64  # most filters decide among these; a row that needs more asks for more
 _GROWTH = 16
+NOT_A_NUMBER = -1  # in place of a token: some logit of the row is none
 
 
 @dataclass(slots=True)
@@ -60,12 +61,19 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(blake2b(data, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
+def draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    """A token per row: forbidden ones have no chance, then temperature and filters. May overwrite `logits`."""
+    _forbid(logits, rows)
+    return _draw(logits, [row.sampling for row in rows], [row.position for row in rows])
+
+
+def sample(
+    logits: Tensor, rows: Sequence[Row], draw: Callable[[Tensor, Sequence[Row]], list[int]] = draw
+) -> list[Sampled]:
     """Draw one token per row of `logits` [R, vocab] float32. Does not change `rows`; may overwrite `logits`."""
     raw = _logprob_rows(logits, rows)
     _penalise(logits, rows)
-    _forbid(logits, rows)
-    tokens = _draw(logits, [row.sampling for row in rows], [row.position for row in rows])
+    tokens = draw(logits, rows)
     return [
         Sampled((token,), (describe(raw[index], token, row.sampling.logprobs or 0),) if index in raw else ())
         for index, (token, row) in enumerate(zip(tokens, rows, strict=True))
@@ -139,9 +147,7 @@ def _entries(entries: list[tuple[int, int, float]], like: Tensor) -> tuple[tuple
 def _draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
     """One token per row: the likeliest, or through the cumulative distribution of the whole or the filtered row."""
     best = logits.max(-1)
-    if best.values.isnan().any():
-        raise FloatingPointError("the model computed a logit that is not a number: are its weights intact?")
-    tokens: list[int] = best.indices.tolist()
+    tokens = numbers([NOT_A_NUMBER] if best.values.isnan().any() else best.indices.tolist())
     whole = [i for i, s in enumerate(samplings) if s.temperature > 0 and not _filters(s)]
     filtered = [i for i, s in enumerate(samplings) if s.temperature > 0 and _filters(s)]
     for chosen, draw in ((whole, _from_whole), (filtered, _from_candidates)):
@@ -151,6 +157,13 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int
             drawn = draw(_weights(logits, chosen, picked), picked, _column(points, logits))
             for i, token in zip(chosen, drawn, strict=True):
                 tokens[i] = token
+    return tokens
+
+
+def numbers(tokens: list[int]) -> list[int]:
+    """The tokens. Raises FloatingPointError if there was none for some row because of its logits."""
+    if NOT_A_NUMBER in tokens:
+        raise FloatingPointError("the model computed a logit that is not a number: are its weights intact?")
     return tokens
 
 
@@ -213,5 +226,7 @@ def _keep(top: Tensor, samplings: Sequence[Sampling], totals: Sequence[float], v
     before = sums - kept
     chosen = (before < nucleus) & (kept >= floor * kept[:, :1])
     chosen[:, 0] = True
-    cut = (limits <= count) | (~cut_by_rank & (sums[:, -1:] >= nucleus) & (nucleus < total)) | (top[:, -1:] < floor)
+    found = ~cut_by_rank & (sums[:, -1:] >= nucleus) & (nucleus < total)
+    rare = (top[:, -1:] < floor) & (~cut_by_rank | (nucleus >= total))  # else the nucleus is a part of the first k
+    cut = (limits <= count) | found | rare
     return kept * chosen, (cut[:, 0] | (count == vocab)).tolist()

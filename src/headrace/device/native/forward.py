@@ -17,18 +17,24 @@ import torch
 from torch import Tensor
 
 from headrace.core.shape import KV_BF16, KV_FP32, KV_INT8, KVFormat, ModelShape
+from headrace.core.types import HeadraceError
 from headrace.device.architecture import LlamaConfig
 from headrace.device.attention import Rows
 from headrace.device.kvstore import KVStore
 from headrace.device.native import library as native
 from headrace.device.native.weights import Packer
 from headrace.device.rope import Rope, Rotary
+from headrace.device.sampler import Row, numbers, uniform
 
 STRIP, KEY_TILE, QUERY_ROWS, ROW_CHUNK = 16, 64, 24, 4  # layout.h, step.cpp
 KV_KINDS: tuple[KVFormat, ...] = (KV_FP32, KV_BF16, KV_INT8)  # by their number in layout.h
 _KV_DTYPES = {KV_FP32: torch.float32, KV_BF16: torch.bfloat16, KV_INT8: torch.int8}
 _FIRST_POSITIONS = 1024  # of the tables of angles, which double
 _SCALE_BYTES = 4  # of a token of one head
+
+
+class OutOfBounds(HeadraceError):
+    """A step names memory that is not there, so none of it was computed: native code does not look again."""
 
 
 def why_not(config: LlamaConfig, block_tokens: int, variant: str | None = None) -> str | None:
@@ -65,6 +71,7 @@ class Seconds:
     linear: float
     attention: float
     head: float
+    draws: float
     other: float
 
 
@@ -116,7 +123,9 @@ class NativeForward:
         for index, span in enumerate(spans):
             described[index] = span.first_row, span.start, span.count, at
             at += len(span.blocks)
-        tables = np.concatenate([span.blocks for span in spans]).astype(np.int32)
+        blocks = np.concatenate([span.blocks for span in spans])
+        self._check(spans, blocks, tokens, out, range(first, last))
+        tables = blocks.astype(np.int32)
         shared = np.array([0, *map(shared_tiles, spans, spans[1:], repeat(self.store.block_tokens))], dtype=np.int32)
         longest = max(span.start + span.count for span in spans)
         angles = (ctypes.c_void_p * max(1, len(self._angles)))(*[each.address(longest) for each in self._angles])
@@ -130,15 +139,45 @@ class NativeForward:
     def logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
         if len(self._logits) < len(rows):
             self._logits = torch.empty(len(rows), self.shape.vocab)
+        _within("a row of the last layer", rows, len(hidden))
         asked = rows.astype(np.int32)
         self._library.headrace_logits(
             self._runner, hidden.data_ptr(), asked.ctypes.data, len(rows), self._logits.data_ptr()
         )
         return self._logits[: len(rows)]
 
+    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        if logits.shape != (len(rows), self.shape.vocab) or not logits.is_contiguous() or logits.dtype != torch.float32:
+            raise OutOfBounds(f"{[*logits.shape]} logits are not {len(rows)} rows of {self.shape.vocab}")
+        draws = (native.Draw * len(rows))(*[_draw(row, self.shape.vocab) for row in rows])
+        self._library.headrace_draw(self._runner, logits.data_ptr(), len(rows), draws)
+        return numbers([draw.token for draw in draws])
+
+    def _check(self, spans: Sequence[Rows], blocks: np.ndarray, tokens: np.ndarray, x: Tensor, layers: range) -> None:
+        """Everything that native code takes for an index. Raises OutOfBounds."""
+        row = 0
+        for span in spans:
+            if span.first_row != row or not 0 <= span.start < span.start + span.count:
+                raise OutOfBounds(
+                    f"{span.count} rows from row {span.first_row} and position {span.start} on, not {row}"
+                )
+            if span.start + span.count > len(span.blocks) * self.store.block_tokens:
+                raise OutOfBounds(f"position {span.start + span.count - 1} has no block among {len(span.blocks)}")
+            row += span.count
+        _within("a block", blocks, self.store.blocks)
+        if layers.start:
+            wrong = x.shape != (row, self.shape.hidden)
+        else:
+            wrong = len(tokens) != row
+            _within("a token", tokens, self.shape.vocab)
+        if wrong or not 0 <= layers.start <= layers.stop <= self.shape.layers:
+            raise OutOfBounds(
+                f"{row} rows through layers {layers.start} to {layers.stop} begin with {len(tokens)} tokens"
+            )
+
     def times(self) -> Seconds:
         """Since the last call."""
-        seconds = (ctypes.c_double * 4)()
+        seconds = (ctypes.c_double * 5)()
         self._library.headrace_times(self._runner, seconds)
         return Seconds(*seconds)
 
@@ -151,6 +190,21 @@ def shared_tiles(before: Rows, span: Rows, block_tokens: int) -> int:
     differ = np.flatnonzero(before.blocks[:common] != span.blocks[:common])
     same = int(differ[0]) if len(differ) else common
     return min(same * block_tokens, before.start, span.start) // KEY_TILE
+
+
+def _within(what: str, indices: np.ndarray, count: int) -> None:
+    """Raises OutOfBounds unless all indices are from 0 to count - 1."""
+    if len(indices) and not 0 <= indices.min() <= indices.max() < count:
+        raise OutOfBounds(f"{what} is {indices.min()} or {indices.max()}; there are {count}")
+
+
+def _draw(row: Row, vocab: int) -> native.Draw:
+    s, allowed = row.sampling, row.allowed
+    if allowed is not None and (allowed.nbytes * 8 < vocab or not allowed.flags.c_contiguous):
+        raise OutOfBounds(f"{allowed.nbytes} bytes of allowed tokens are not {vocab} bits")
+    point = uniform(s.seed, row.position) if s.temperature > 0 else 0.0
+    bits = None if allowed is None else allowed.ctypes.data
+    return native.Draw(s.temperature, point, s.top_p, s.min_p, bits, min(s.top_k, vocab), 0)
 
 
 class _Angles:

@@ -4,6 +4,7 @@
 // them. So a row has the same bits alone, in a batch, in a chunk of a prompt.
 #include <type_traits>
 
+#include "draw.h"
 #include "vector.h"
 
 namespace headrace {
@@ -409,6 +410,6 @@ void attend(const Heads& heads, const Queries& queries, float* scratch) {
 #define NAME_OF(x) #x
 #define NAME(x) NAME_OF(x)
 extern const Kernels HEADRACE_VARIANT;
-const Kernels HEADRACE_VARIANT = {NAME(HEADRACE_VARIANT), Q8Dot::WANTED, panel, fill, norm, turn, gate, add, store_kv, attend, column};
+const Kernels HEADRACE_VARIANT = {NAME(HEADRACE_VARIANT), Q8Dot::WANTED, panel, fill, norm, turn, gate, add, store_kv, attend, column, peaks, weigh, heavy};
 
 }  // namespace headrace

@@ -32,6 +32,7 @@ constexpr int STRIP = 16;      // tokens
 constexpr int KEY_TILE = 64;   // keys under one maximum of the online softmax, at positions that are multiples of it
 constexpr int QUERY_ROWS = 24; // rows (positions times heads of a group) that meet a key tile together
 constexpr int ROW_BLOCK = 64;  // rows that meet a panel in one task
+constexpr int STRETCH = 256;   // logits that are summed up together
 
 enum Format : int32_t { FP32 = 0, BF16 = 1, Q8 = 2, Q4 = 3 };
 enum KVKind : int32_t { KV_FP32 = 0, KV_BF16 = 1, KV_INT8 = 2 };
@@ -122,6 +123,20 @@ struct Heads {  // one KV head of one layer
     const uint8_t *keys, *values;  // plane of this head: [blocks][strips]
 };
 
+struct Draw {                 // how the token of a row of logits is drawn, and which it was
+    float temperature, point;  // 0: the likeliest; the draw itself, uniform in [0, 1]
+    double top_p, min_p;       // 1, 0: off
+    const uint32_t* allowed;   // a bit for each token, or null: all of them
+    int32_t top_k;             // 0: off
+    int32_t token;             // out
+};
+constexpr int32_t NOT_A_NUMBER = -1;  // `token` where some logit is none
+
+struct Candidate {
+    float weight;  // 1 for the likeliest
+    int32_t token;
+};
+
 // One variant of everything that is worth vectorising.
 struct Kernels {
     const char* name;
@@ -136,11 +151,18 @@ struct Kernels {
     void (*store_kv)(int32_t kind, const float* k, const float* v, int64_t head_dim, uint8_t* k_strip, uint8_t* v_strip, int slot);
     void (*attend)(const Heads&, const Queries&, float* scratch);
     void (*column)(const Matrix&, int64_t output, float scale, float* out);
+    bool (*peaks)(const float* logits, int64_t vocab, float* peaks);
+    void (*weigh)(const float* logits, int64_t vocab, float most, float temperature, float* weights, float* sums);
+    int64_t (*heavy)(const float* weights, int64_t vocab, float least, Candidate* found);
 };
 constexpr int64_t ATTEND_SCRATCH(int64_t head_dim) { return QUERY_ROWS * (2 * head_dim + KEY_TILE + 3 * LANES); }
 
 inline int64_t strip_bytes(int32_t kind, int64_t head_dim) {
     return kind == KV_FP32 ? STRIP * head_dim * 4 : kind == KV_BF16 ? STRIP * head_dim * 2 : STRIP * (head_dim + 4);
 }
+
+// draw.cpp; may change the logits.
+int32_t draw_token(const Kernels&, float* logits, int64_t vocab, const Draw&, float* scratch);
+inline int64_t draw_scratch(int64_t vocab) { return 2 * ceil_div(vocab, STRETCH) + 3 * ceil_div(vocab, LANES) * LANES; }
 
 }  // namespace headrace

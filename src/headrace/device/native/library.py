@@ -34,6 +34,11 @@ class Config(Structure):
     )  # fmt: skip
 
 
+class Draw(Structure):
+    _fields_ = (("temperature", c_float), ("point", c_float), ("top_p", c_double), ("min_p", c_double),
+                ("allowed", c_void_p), ("top_k", c_int32), ("token", c_int32))  # fmt: skip
+
+
 class Cache(Structure):
     _fields_ = (("kind", c_int32), ("block_tokens", c_int32), ("blocks", c_int64),
                 ("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)))  # fmt: skip
@@ -71,6 +76,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         "headrace_close": (None, [c_void_p]),
         "headrace_layers": (None, [c_void_p, POINTER(Step)]),
         "headrace_logits": (None, [c_void_p, c_void_p, c_void_p, c_int32, c_void_p]),
+        "headrace_draw": (None, [c_void_p, c_void_p, c_int32, POINTER(Draw)]),
         "headrace_times": (None, [c_void_p, POINTER(c_double)]),
         "headrace_packed_bytes": (c_int64, [c_int32, c_int64, c_int64]),
         "headrace_pack": (None, [c_int32, c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32]),

@@ -22,7 +22,7 @@ extern const Kernels portable;
 
 namespace {
 
-enum Kind : int32_t { EMBED, NORM_ATTENTION, QKV, TURN, ATTEND, FILL, OUT, NORM_FFN, GATE_UP, DOWN, SETTLE, NORM_HEAD, HEAD, KINDS };
+enum Kind : int32_t { EMBED, NORM_ATTENTION, QKV, TURN, ATTEND, FILL, OUT, NORM_FFN, GATE_UP, DOWN, SETTLE, NORM_HEAD, HEAD, DRAW, KINDS };
 
 constexpr int64_t ROW_CHUNK = 4;  // rows of one chunk where rows are independent
 
@@ -119,6 +119,7 @@ class Runner {
 
     // logits[i][vocab] of rows[i] of x
     void logits(const float* x, const int32_t* rows, int32_t count, float* logits) {
+        if (!count) return;
         asked_ = rows;
         logits_ = logits;
         step_ = Step{};
@@ -131,15 +132,25 @@ class Runner {
         pool_.run(phases_, work, this, spent_);
     }
 
-    // Seconds since the last call: linear layers, attention, output head, the rest.
+    // A token for each row of logits.
+    void draw(float* logits, int32_t count, Draw* draws) {
+        if (!count) return;
+        logits_ = logits;
+        draws_ = draws;
+        grown(draw_scratch_, size_t(draw_scratch(config_.vocab) * pool_.threads()));
+        phases_.assign(1, {DRAW, 0, count});
+        pool_.run(phases_, work, this, spent_);
+    }
+
+    // Seconds since the last call: linear layers, attention, output head, drawing, the rest.
     void times(double* seconds) {
         const int64_t linear = spent_[QKV] + spent_[OUT] + spent_[GATE_UP] + spent_[DOWN];
         const int64_t attention = spent_[TURN] + spent_[ATTEND];
         const int64_t head = spent_[NORM_HEAD] + spent_[HEAD];
         int64_t all = 0;
         for (int64_t each : spent_) all += each;
-        const int64_t parts[] = {linear, attention, head, all - linear - attention - head};
-        for (int i = 0; i < 4; i++) seconds[i] = double(parts[i]) * 1e-9;
+        const int64_t parts[] = {linear, attention, head, spent_[DRAW], all - linear - attention - head - spent_[DRAW]};
+        for (int i = 0; i < 5; i++) seconds[i] = double(parts[i]) * 1e-9;
         std::fill(std::begin(spent_), std::end(spent_), 0);
     }
 
@@ -206,6 +217,7 @@ class Runner {
             case GATE_UP: return gate_up(layer, chunk);
             case DOWN: return into_stream(layer.down, down_in_, chunk, layer.after_ffn);
             case HEAD: return head(chunk);
+            case DRAW: return draw(chunk, worker);
         }
         const int64_t last = std::min<int64_t>(step_.rows, (chunk + 1) * ROW_CHUNK);
         for (int64_t row = chunk * ROW_CHUNK; row < last; row++) one_row(phase, layer, row, worker);
@@ -345,6 +357,11 @@ class Runner {
         });
     }
 
+    void draw(int64_t row, int worker) {
+        float* scratch = draw_scratch_.data() + worker * draw_scratch(config_.vocab);
+        draws_[row].token = draw_token(kernels_, logits_ + row * config_.vocab, config_.vocab, draws_[row], scratch);
+    }
+
     const Config config_;
     const Cache cache_;
     const Kernels& kernels_;
@@ -354,10 +371,11 @@ class Runner {
     Step step_{};
     const int32_t* asked_ = nullptr;
     float* logits_ = nullptr;
+    Draw* draws_ = nullptr;
     int wanted_hidden_ = 0, wanted_out_ = 0, wanted_down_ = 0;
     InputMemory of_hidden_, of_others_;
     Inputs hidden_in_{}, out_in_{}, down_in_{}, head_in_{};
-    std::vector<float> scratch_, qkv_, branch_;
+    std::vector<float> scratch_, draw_scratch_, qkv_, branch_;
     std::vector<int32_t> positions_, tables_;
     std::vector<Tile> tiles_;
     std::vector<Phase> phases_;
@@ -389,5 +407,10 @@ void headrace_times(void* runner, double* seconds) { static_cast<Runner*>(runner
 
 void headrace_logits(void* runner, const float* x, const int32_t* rows, int32_t count, float* logits) {
     static_cast<Runner*>(runner)->logits(x, rows, count, logits);
+}
+
+// A token for each of `count` rows of logits, which may change.
+void headrace_draw(void* runner, float* logits, int32_t count, Draw* draws) {
+    static_cast<Runner*>(runner)->draw(logits, count, draws);
 }
 }

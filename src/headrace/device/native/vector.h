@@ -42,6 +42,7 @@ INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 INLINE Vec abs(Vec a) { return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff)))}; }
 INLINE Vec where_above(Vec a, Vec limit, Vec value) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, limit.v, _CMP_GT_OQ), value.v)}; }
+INLINE uint32_t at_least(Vec a, Vec limit) { return _mm512_cmp_ps_mask(a.v, limit.v, _CMP_GE_OQ); }  // a bit per lane
 INLINE Vec times_two_to(Vec a, Vec n) { return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_cvtps_epi32(n.v), 23)))}; }
 INLINE Vec load_half(const uint8_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 INLINE Vec load_bf16(const uint8_t* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))}; }
@@ -72,6 +73,9 @@ INLINE Vec abs(Vec x) { __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7ffff
 INLINE Vec where_above(Vec x, Vec limit, Vec value) {
     return {_mm256_and_ps(_mm256_cmp_ps(x.a, limit.a, _CMP_GT_OQ), value.a), _mm256_and_ps(_mm256_cmp_ps(x.b, limit.b, _CMP_GT_OQ), value.b)};
 }
+INLINE uint32_t at_least(Vec x, Vec limit) {
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.a, limit.a, _CMP_GE_OQ)) | _mm256_movemask_ps(_mm256_cmp_ps(x.b, limit.b, _CMP_GE_OQ)) << 8);
+}
 INLINE __m256 two_to(__m256 x, __m256 n) { return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23))); }
 INLINE Vec times_two_to(Vec x, Vec n) { return {two_to(x.a, n.a), two_to(x.b, n.b)}; }
 INLINE Vec load_half(const uint8_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))}; }
@@ -100,6 +104,7 @@ INLINE Vec max(Vec a, Vec b) { EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; 
 INLINE Vec min(Vec a, Vec b) { EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
 INLINE Vec abs(Vec a) { EACH a.v[i] = std::fabs(a.v[i]); return a; }
 INLINE Vec where_above(Vec a, Vec limit, Vec value) { EACH value.v[i] = a.v[i] > limit.v[i] ? value.v[i] : 0.0f; return value; }
+INLINE uint32_t at_least(Vec a, Vec limit) { uint32_t bits = 0; EACH bits |= uint32_t(a.v[i] >= limit.v[i]) << i; return bits; }
 INLINE Vec times_two_to(Vec a, Vec n) {
     EACH {
         uint32_t bits;
