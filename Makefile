@@ -6,6 +6,7 @@
 # make peers     llama.cpp and OpenVINO in an environment of their own, for benchmarks/peers.py; some minutes
 # make clients   the official clients, each in an environment of its own, against a real server
 # make conformance  20,000 requests that schemathesis makes of /openapi.json, against a real server; some minutes
+# make reliability  what is promised of a server that stays up, measured: benchmarks/reliability; some minutes
 # make check     ruff, mypy --strict, the rooms and the sizes
 PYTHON ?= python3
 PORT ?= 8000
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install native serve test test-slow accuracy peers clients conformance check docs clean
+.PHONY: install native serve test test-slow accuracy peers clients conformance reliability check docs clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/installed
@@ -52,6 +53,9 @@ clients: install
 
 conformance: install
 	@$(BIN)/python tests/e2e/conformance.py
+
+reliability: install
+	@env PYTHONPATH=benchmarks $(BIN)/python -m reliability $(CHECKS)
 
 check: install
 	@scripts/phase "ruff" $(BIN)/ruff check .
