@@ -38,7 +38,7 @@ from headrace.core.types import Grammar
 from headrace.device.grammar import Grammars, Vocabulary
 from headrace.gateway.app import build
 from headrace.gateway.checks import Checks
-from headrace.gateway.endpoints import DIALECTS, Extras
+from headrace.gateway.endpoints import DIALECTS
 
 TEXT = make_text()
 GRAMMARS = Grammars(Vocabulary(TEXT.names, TEXT.special_ids, frozenset({EOS}), TEXT.plain_ids))
@@ -179,7 +179,7 @@ def service() -> RoteService:
 def sent(service: RoteService, path: str, fields: dict[str, Any]) -> tuple[int, bytes]:
     """What is answered. Checks that it came soon and took little memory."""
     checks = Checks(GRAMMARS.check, 5.0)
-    app = build(service, TEXT, GatewaySettings(), Metrics(), Extras(checks=checks))
+    app = build(service, TEXT, GatewaySettings(), Metrics(), checks=checks)
     body = json.dumps(BASE[path] | fields).encode()
     before_bytes, begin_s = psutil.Process().memory_info().rss, perf_counter()
     status, _, answer = asyncio.run(ask(app, path, body))
@@ -274,7 +274,7 @@ def test_streams_go_on_while_a_grammar_compiles_for_ever(timeout_s: float) -> No
 
     ends = may_end.set if timeout_s > 1 else bool  # the other request is answered while it still compiles
     held = chat(response_format={"type": "json_object"})
-    with running(RoteService(), make_text(), extras=Extras(checks=Checks(compile_one, timeout_s))) as up:
+    with running(RoteService(), make_text(), checks=Checks(compile_one, timeout_s)) as up:
         status, body = streamed_beside(up, held, lambda: begun.wait(20), ends)
         assert may_end.is_set() == (timeout_s > 1)
         may_end.set()
@@ -286,7 +286,7 @@ def test_streams_go_on_while_a_grammar_compiles_for_ever(timeout_s: float) -> No
 def test_streams_go_on_beside_the_hardest_schemas_that_are_allowed() -> None:
     """The compiler lets the interpreter's lock go, so a stream that is read meanwhile ends as ever."""
     hardest = {"properties": {f"p{at}": {"type": "string", "pattern": f"(a|b{at}){{1,9}}"} for at in range(1500)}}
-    with running(RoteService(), make_text(), extras=Extras(checks=Checks(GRAMMARS.check, 5.0))) as up:
+    with running(RoteService(), make_text(), checks=Checks(GRAMMARS.check, 5.0)) as up:
         status, _ = streamed_beside(up, chat(**schema_format(hardest)), bool, bool)
         assert status in (200, 400)
         assert ANSWER.startswith(_said(up))

@@ -18,10 +18,11 @@ import tiny_model
 
 from headrace.cli import parser
 from headrace.cli.assemble import Phases, assemble
-from headrace.cli.extras import Beside, open_beside
+from headrace.cli.extras import Beside, model_of, open_beside
 from headrace.core import clock
 from headrace.core.config import GatewaySettings, load
-from headrace.gateway.app import build
+from headrace.gateway.app import application
+from headrace.gateway.models import Models
 from headrace.gateway.server import serve
 
 TEMPLATE = (
@@ -57,7 +58,7 @@ def serving(folder: Path, *flags: str) -> Iterator[str]:
 
     async def main() -> None:
         found["loop"], found["task"] = asyncio.get_running_loop(), asyncio.current_task()
-        app = build(assembled.engine, assembled.text, settings, assembled.metrics, beside.extras)
+        app = application(Models([model_of(assembled, assembled.engine, settings)]), settings, beside.extras)
         running = [asyncio.create_task(run) for run in _beside(assembled.engine.run(), beside)]
         try:
             await serve(app, assembled.engine, settings, announce)

@@ -21,6 +21,7 @@ from headrace.core.metrics import Metrics
 from headrace.core.ports import Capacity, Status
 from headrace.core.types import FinishReason, Output, Request, TokenLogprob, Unavailable, Usage
 from headrace.gateway.app import build
+from headrace.gateway.checks import Checks
 from headrace.gateway.endpoints import Extras
 from headrace.gateway.server import serve
 from headrace.gateway.text import Text
@@ -194,9 +195,10 @@ def running(
     text: Text | None = None,
     settings: GatewaySettings | None = None,
     extras: Extras | None = None,
+    checks: Checks | None = None,
 ) -> Iterator[Running]:
     settings = settings or GatewaySettings(port=0)
-    app = build(service, text or make_text(), settings, Metrics(), extras)
+    app = build(service, text or make_text(), settings, Metrics(), extras, checks)
     listening = threading.Event()
     found: dict[str, Any] = {}
 

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 from headrace.cli.assemble import Assembled, Phases
 from headrace.core import clock, config
 from headrace.core.config import GatewaySettings
+from headrace.core.ports import Service
 
 if TYPE_CHECKING:
     from headrace.engine.embedding import Batcher
     from headrace.gateway.card import Card
     from headrace.gateway.embedding import Words
     from headrace.gateway.endpoints import Extras
+    from headrace.gateway.models import Model
     from headrace.gateway.state.database import Database
 
 _WAITING_TOKENS = 1_000_000  # to be embedded, beyond which requests are refused with 429
@@ -31,15 +33,22 @@ class Beside:
 
 def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases) -> Beside:
     """Raises BadState or BadModelFile if what the user named cannot be used; a default that is not here is left out."""
-    from headrace.gateway.checks import Checks
     from headrace.gateway.endpoints import Extras
 
     found = open_embedding(assembled, settings, phase)
     batcher, words, cards = found if found else (None, None, ())
     database = open_database(assembled.name, settings)
     phase.done()
+    return Beside(Extras(batcher, words, database, cards), batcher)
+
+
+def model_of(assembled: Assembled, service: Service, settings: GatewaySettings) -> Model:
+    """The model as the gateway knows it."""
+    from headrace.gateway.checks import Checks
+    from headrace.gateway.models import Model
+
     checks = Checks(assembled.grammars.check, settings.grammar_timeout_s)
-    return Beside(Extras(batcher, words, database, (card_of(assembled), *cards), checks), batcher)
+    return Model(assembled.name, service, assembled.text, card_of(assembled), assembled.metrics, checks)
 
 
 def open_embedding(

@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from headrace.cli.assemble import Assembled, Phases, add_model, assemble, summary
-from headrace.cli.extras import Beside, open_beside
+from headrace.cli.extras import Beside, model_of, open_beside
 from headrace.cli.recordings import Recordings
 from headrace.core import clock, config
 from headrace.core.config import GatewaySettings
@@ -63,11 +63,12 @@ def run(args: argparse.Namespace) -> int:
 
 async def _serve(assembled: Assembled, beside: Beside, settings: GatewaySettings, recordings: Recordings) -> int:
     """Run the engine and the server side by side until a signal drains both."""
-    from headrace.gateway.app import build
+    from headrace.gateway.app import application
+    from headrace.gateway.models import Models
     from headrace.gateway.server import serve
 
     service = recordings.noted(assembled.engine)
-    app = build(service, assembled.text, settings, assembled.metrics, beside.extras)
+    app = application(Models([model_of(assembled, service, settings)]), settings, beside.extras)
 
     def ready(url: str) -> None:
         print(_HELLO.format(url=url, name=assembled.name), file=sys.stderr, flush=True)

@@ -24,11 +24,14 @@ from headrace import __version__
 from headrace.core import clock
 from headrace.core.config import GatewaySettings
 from headrace.core.metrics import Metrics
-from headrace.core.ports import Service, Status
+from headrace.core.ports import Service
 from headrace.gateway import shapes
+from headrace.gateway.card import Card
+from headrace.gateway.checks import Checks
 from headrace.gateway.edge import ByMethod, Door, Endpoint, allowed_hosts, http_refusal
 from headrace.gateway.endpoints import Endpoints, Extras, error_body
 from headrace.gateway.errors import LOG, Refused
+from headrace.gateway.models import Model, Models
 from headrace.gateway.openapi import Answer, Operation, document
 from headrace.gateway.prometheus import CONTENT_TYPE, Exposition
 from headrace.gateway.replies import error_body as openai_error
@@ -41,21 +44,28 @@ Served = tuple[Operation, Page | Endpoint[Any, Any]]  # what one method of one p
 
 
 def build(
-    service: Service, text: Text, settings: GatewaySettings, metrics: Metrics, extras: Extras | None = None
-) -> Starlette:
-    """The server as an application. It closes `text` and `extras` when it shuts down; the service is its caller's."""
+    service: Service, text: Text, settings: GatewaySettings, metrics: Metrics, extras: Extras | None = None,
+    checks: Checks | None = None,
+) -> Starlette:  # fmt: skip
+    """`application` for one model."""
+    name = settings.served_name or service.status().model
+    return application(Models([Model(name, service, text, Card(name), metrics, checks)]), settings, extras)
+
+
+def application(models: Models, settings: GatewaySettings, extras: Extras | None = None) -> Starlette:
+    """The server as an application. It closes `models` and `extras` when it shuts down; services are its caller's."""
     extras = extras or Extras()
-    model = settings.served_name or service.status().model
-    endpoints = Endpoints(service, text, settings, extras)
+    endpoints = Endpoints(models, settings, extras)
     served: list[Served] = list(endpoints.served())
-    served += _pages(service, model, extras, Exposition(metrics, service, model, settings.metrics_prefix))
-    if not text.has_chat:
-        LOG.warning("%s; /v1/chat/completions will refuse", text.why_no_chat)
+    served += _pages(models, extras, Exposition(models, settings.metrics_prefix))
+    for model in models:
+        if not model.text.has_chat:
+            LOG.warning("%s: %s; /v1/chat/completions will refuse", model.name, model.text.why_no_chat)
     app = Starlette(
         routes=_routes(_described(served)),
         middleware=[Middleware(Door, hosts=allowed_hosts(settings.host), error_body=error_body)],
         exception_handlers={HTTPException: _route_error},
-        lifespan=_living(endpoints, text, settings, extras),
+        lifespan=_living(endpoints, models, settings, extras),
     )
     app.router.redirect_slashes = False
     return app
@@ -93,40 +103,40 @@ def _operation(path: str, summary: str, kind: Any, *statuses: int, **more: Any) 
     return Operation(path, "GET", summary, dict.fromkeys(statuses or (200,), Answer(kind)), shapes.Error, **more)
 
 
-def _pages(service: Service, model: str, extras: Extras, exposition: Exposition) -> list[Served]:
+def _pages(models: Models, extras: Extras, exposition: Exposition) -> list[Served]:
     """Pages about the server itself."""
     created = int(clock.wall())
 
     def cards() -> dict[str, shapes.Model]:
-        longest = {model: service.status().capacity.max_context_tokens}
+        longest = {model.name: model.max_context_tokens for model in models}
         if extras.embedder is not None:
             longest[extras.embedder.encoding.model] = extras.embedder.encoding.max_tokens
         return {name: shapes.Model(id=name, created=created, max_model_len=most) for name, most in longest.items()}
 
-    async def models(_: Request) -> Response:
+    async def list_models(_: Request) -> Response:
         return _json(shapes.Models(list(cards().values())))
 
     async def one_model(request: Request) -> Response:
         asked = request.path_params["model"]
         if asked not in cards():
-            message = f"The model {asked[:256]!r} does not exist; this server has {model!r}."
+            message = f"The model {asked[:256]!r} does not exist; this server has {models.listed()}."
             return _refusal(Refused(404, message, code="model_not_found", param="model"))
         return _json(cards()[asked])
 
     async def live(_: Request) -> Response:
-        status = service.status()
-        return _json(_health(status), 503 if status.state == "failed" else 200)
+        health = _health(models)
+        return _json(health, 503 if health.status == "failed" else 200)
 
     async def ready(_: Request) -> Response:
-        status = service.status()
-        return _json(_health(status), 200 if status.state == "ready" else 503)
+        health = _health(models)
+        return _json(health, 200 if health.status == "ready" else 503)
 
     async def scrape(_: Request) -> Response:
         return Response(exposition.text(), headers={"content-type": CONTENT_TYPE.decode()})
 
     metrics = {200: Answer(media="text/plain", says="metrics in Prometheus' text format")}
     return [
-        (_operation("/v1/models", "The models served", shapes.Models), models),
+        (_operation("/v1/models", "The models served", shapes.Models), list_models),
         (
             _operation("/v1/models/{model:path}", "One of them", shapes.Model, parameters={"model": "its name"}),
             one_model,
@@ -137,12 +147,31 @@ def _pages(service: Service, model: str, extras: Extras, exposition: Exposition)
     ]
 
 
-def _health(status: Status) -> shapes.Health:
-    idle_s = round(max(0.0, clock.now() - status.last_progress_s), 3)
-    return shapes.Health(status.state, status.model, status.running, status.waiting, status.steps, idle_s)  # type: ignore[arg-type]
+def _health(models: Models) -> shapes.Health:
+    """Of the server: of all its models together, and of each of them."""
+    each = [_health_of(model) for model in models]
+    states = {one.status for one in each}
+    state = next(state for state in ("draining", "ready", "failed") if state in states)
+    return shapes.Health(
+        state,
+        models.first.name,
+        sum(one.running for one in each),
+        sum(one.waiting for one in each),
+        sum(one.steps for one in each),
+        min(one.seconds_since_progress for one in each),
+        each,
+    )
 
 
-def _living(endpoints: Endpoints, text: Text, settings: GatewaySettings, extras: Extras) -> Callable[[Starlette], Any]:
+def _health_of(model: Model) -> shapes.ModelHealth:
+    now = model.service.status()
+    idle_s = round(max(0.0, clock.now() - now.last_progress_s), 3)
+    return shapes.ModelHealth(now.state, model.name, now.running, now.waiting, now.steps, idle_s)  # type: ignore[arg-type]
+
+
+def _living(
+    endpoints: Endpoints, models: Models, settings: GatewaySettings, extras: Extras
+) -> Callable[[Starlette], Any]:
     """What runs beside the requests: batches, until the last connection is closed."""
 
     @asynccontextmanager
@@ -159,7 +188,7 @@ def _living(endpoints: Endpoints, text: Text, settings: GatewaySettings, extras:
             if running is not None:
                 running.cancel()
                 await asyncio.gather(running, return_exceptions=True)
-            text.close()
+            models.close()
             extras.close()
 
     return lifespan

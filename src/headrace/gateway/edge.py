@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headrace.gateway import bounds
 from headrace.gateway.chain import closing
 from headrace.gateway.errors import Refused, bad, refused
+from headrace.gateway.models import Model, Models
 from headrace.gateway.openapi import Operation
 from headrace.gateway.text import Text
 
@@ -35,14 +36,25 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 class Context:
     """What a dialect may know about the server and the connection."""
 
-    model: str
-    text: Text
+    models: Models
+    to: Model  # the one that the call is for; until `of` has found it, the first
     max_choices: int
-    max_context_tokens: int = 0
     embedding_model: str | None = None  # its name, if there is one
     stores: bool = False  # whether responses can be kept
     client_id: str = ""  # X-Request-Id
     tenant: str = ""
+
+    def of(self, asked: str | None) -> Context:
+        """The same for the model that a body names. Raises Refused for a name that nothing here answers to."""
+        return replace(self, to=self.models.find(asked))
+
+    @property
+    def model(self) -> str:
+        return self.to.name
+
+    @property
+    def text(self) -> Text:
+        return self.to.text
 
 
 class Reply(Protocol[E_contra]):

@@ -14,11 +14,10 @@ from starlette.responses import Response
 
 from headrace import __version__
 from headrace.core.config import GatewaySettings
-from headrace.core.ports import Embedder, Service
+from headrace.core.ports import Embedder
 from headrace.gateway import openai, replies
 from headrace.gateway.card import Card
 from headrace.gateway.chain import Call, logged
-from headrace.gateway.checks import Checks
 from headrace.gateway.dialects import anthropic, anthropic_reply, embeddings, ollama, ollama_pages, responses, tokens
 from headrace.gateway.dialects.ollama_reply import Error as OllamaError
 from headrace.gateway.dialects.ollama_reply import error_body as ollama_error
@@ -26,12 +25,12 @@ from headrace.gateway.edge import Context, Dialect, Endpoint, whole
 from headrace.gateway.embedding import Embed, Embedded, Embedding, Words
 from headrace.gateway.errors import Refused, bad
 from headrace.gateway.generation import Generation
+from headrace.gateway.models import Models, by_model
 from headrace.gateway.openapi import Answer, Operation
 from headrace.gateway.state.batches import ENDPOINTS
 from headrace.gateway.state.database import Database
 from headrace.gateway.state.pages import Pages, Served
 from headrace.gateway.state.responses import Responses
-from headrace.gateway.text import Text
 from headrace.gateway.tokenization import Detokenization, Tokenization
 from headrace.gateway.turns import Turn, remembered
 
@@ -40,17 +39,14 @@ OFFLINE = -100  # the priority of batches: the scheduler computes such requests 
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What a server may have beside the model that writes."""
+    """What a server may have beside the models that write."""
 
     embedder: Embedder | None = None
     words: Words | None = None  # the embedder's tokenizer
     database: Database | None = None
-    cards: tuple[Card, ...] = ()
-    checks: Checks | None = None  # what compiles grammars; None: no answer is held to one
+    cards: tuple[Card, ...] = ()  # of the models that do not write
 
     def close(self) -> None:
-        if self.checks is not None:
-            self.checks.close()
         if self.words is not None:
             self.words.close()
         if self.database is not None:
@@ -60,20 +56,17 @@ class Extras:
 class Endpoints:
     """All endpoints of one server, for its clients and for its batches."""
 
-    def __init__(self, service: Service, text: Text, settings: GatewaySettings, extras: Extras) -> None:
-        self._model = settings.served_name or service.status().model
-        self._embedding_model = extras.embedder.encoding.model if extras.embedder else None
-        self._cards = extras.cards or (Card(self._model),)
+    def __init__(self, models: Models, settings: GatewaySettings, extras: Extras) -> None:
+        self._cards = _Cards(models, extras.cards)
         database = extras.database
         context = Context(
-            self._model,
-            text,
+            models,
+            models.first,
             settings.max_choices,
-            service.status().capacity.max_context_tokens,
-            self._embedding_model,
+            extras.embedder.encoding.model if extras.embedder else None,
             stores=database is not None,
         )
-        handlers = _handlers(service, text, extras, self._cards)
+        handlers = _handlers(models, extras, self._cards)
         self._post = {
             dialect.operation.path: Endpoint(dialect, handlers[dialect.operation.path], context, settings.max_body)
             for dialect in DIALECTS
@@ -95,9 +88,26 @@ class Endpoints:
         return getattr(call, "id", ""), await whole(endpoint.handler, call, reply)
 
 
-def _handlers(service: Service, text: Text, extras: Extras, cards: Sequence[Card]) -> Mapping[str, Callable[..., Any]]:
-    generate = logged(Generation(service, text, extras.checks))
-    tokenize = Tokenization(text)
+@dataclass(frozen=True, slots=True)
+class _Cards:
+    """What may be told of all models."""
+
+    models: Models
+    others: Sequence[Card]
+
+    def __call__(self) -> Sequence[Card]:
+        return (*(model.card for model in self.models), *self.others)
+
+    def abilities(self, card: Card) -> Sequence[str]:
+        if card.embedding_dimensions:
+            return ("embedding",)
+        model = self.models.get(card.name)
+        return ("completion", "tools") if model is not None and model.text.has_chat else ("completion",)
+
+
+def _handlers(models: Models, extras: Extras, cards: _Cards) -> Mapping[str, Callable[..., Any]]:
+    generate = logged(by_model(models, lambda model: Generation(model.service, model.text, model.checks)))
+    tokenize = by_model(models, lambda model: Tokenization(model.text))
     embed = _embedding(extras)
     memory = Responses(extras.database) if extras.database else None
     return {
@@ -105,9 +115,9 @@ def _handlers(service: Service, text: Text, extras: Extras, cards: Sequence[Card
         **{dialect.operation.path: ollama.loading(generate) for dialect in ollama.GENERATION},
         **{dialect.operation.path: embed for dialect in (embeddings.DIALECT, *ollama.EMBEDDING)},
         **{dialect.operation.path: tokenize for dialect in (tokens.TOKENS, anthropic.COUNT_TOKENS)},
-        tokens.TEXT.operation.path: Detokenization(text, service),
+        tokens.TEXT.operation.path: by_model(models, lambda model: Detokenization(model.text, model.service)),
         responses.DIALECT.operation.path: remembered(generate, memory),
-        ollama_pages.DIALECT.operation.path: ollama_pages.show(cards, lambda card: _capabilities(card, text)),
+        ollama_pages.DIALECT.operation.path: ollama_pages.show(cards, cards.abilities),
     }
 
 
@@ -126,12 +136,6 @@ def _embedding(extras: Extras) -> Callable[[Embed], AsyncIterator[Embedded]]:
     return nobody
 
 
-def _capabilities(card: Card, text: Text) -> Sequence[str]:
-    if card.embedding_dimensions:
-        return ("embedding",)
-    return ("completion", "tools") if text.has_chat else ("completion",)
-
-
 def _offline(call: Any) -> Any:
     """The same, behind everybody who waits for an answer."""
     match call:
@@ -142,12 +146,12 @@ def _offline(call: Any) -> Any:
     return call
 
 
-def _ollama_pages(cards: Sequence[Card]) -> list[Served]:
+def _ollama_pages(cards: _Cards) -> list[Served]:
     async def tags(_: Request) -> Response:
-        return _json(ollama_pages.tags(cards))
+        return _json(ollama_pages.tags(cards()))
 
     async def running(_: Request) -> Response:
-        return _json(ollama_pages.running(cards))
+        return _json(ollama_pages.running(cards()))
 
     async def version(_: Request) -> Response:
         return _json(ollama_pages.Version(__version__))

@@ -17,7 +17,7 @@ from headrace.gateway import bounds, shapes
 from headrace.gateway.bounds import Body
 from headrace.gateway.chain import Call, Chat, Event, Prompt, Tool, Tools
 from headrace.gateway.edge import Context, Dialect, Reply
-from headrace.gateway.errors import Refused, bad
+from headrace.gateway.errors import bad
 from headrace.gateway.openapi import Answer, Operation
 from headrace.gateway.replies import ChatReply, CompletionReply, Frame, error_body
 from headrace.gateway.speech.demand import choice, json_schema
@@ -214,6 +214,7 @@ COMPLETION = Body(CompletionRequest)
 def parse_chat(body: bytes, context: Context) -> tuple[Call, Reply[Event]]:
     """Raises Refused."""
     asked = CHAT.decode(body)
+    context = context.of(asked.model)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise bad("top_logprobs needs logprobs to be true.", "top_logprobs")
     max_tokens = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
@@ -233,6 +234,7 @@ def parse_chat(body: bytes, context: Context) -> tuple[Call, Reply[Event]]:
 def parse_completion(body: bytes, context: Context) -> tuple[Call, Reply[Event]]:
     """Raises Refused."""
     asked = COMPLETION.decode(body)
+    context = context.of(asked.model)
     prompts = _prompts(asked.prompt)
     if len(prompts) * (asked.n or 1) > context.max_choices:
         raise bad(f"{len(prompts)} prompts are more than the {context.max_choices} choices allowed.", "prompt")
@@ -412,9 +414,6 @@ def _call(
     sampling: Sampling,
     max_new_tokens: int | None,
 ) -> Call:
-    if asked.model is not None and asked.model != context.model:
-        message = f"The model {asked.model!r} does not exist; this server has {context.model!r}."
-        raise Refused(404, message, code="model_not_found", param="model")
     if (asked.n or 1) > context.max_choices:
         raise bad(f"n: {asked.n} is more than the {context.max_choices} choices allowed.", "n")
     if asked.stream_options is not None and not asked.stream:

@@ -7,15 +7,14 @@ for those names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from headrace.core.metrics import Metrics
-from headrace.core.ports import Service
+from headrace.gateway.models import Model
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -24,62 +23,66 @@ CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 class _Collected(Collector):
     """What Prometheus asks on every scrape."""
 
-    metrics: Metrics
-    service: Service
-    model: str
+    models: Sequence[Model]
     prefix: str
 
     def collect(self) -> Iterator[Metric]:
         yield from self._now()
         yield from self._counted()
-        for name, histogram in self.metrics.histograms.items():
+        for name, histogram in self.models[0].metrics.histograms.items():
             family = HistogramMetricFamily(self.prefix + name, histogram.help, labels=["model_name"])
-            family.add_metric([self.model], [*histogram.cumulative()], histogram.sum)
+            for model in self.models:
+                each = model.metrics.histograms[name]
+                family.add_metric([model.name], [*each.cumulative()], each.sum)
             yield family
 
     def _now(self) -> Iterator[Metric]:
-        status = self.service.status()
-        yield self._gauge("num_requests_running", "Requests being computed.", status.running)
-        yield self._gauge("num_requests_waiting", "Requests in the queue.", status.waiting)
-        yield self._gauge("num_tokens_waiting", "Prompt tokens in the queue.", status.waiting_tokens)
-        used = status.used_blocks / max(1, status.capacity.blocks)
+        now = [model.service.status() for model in self.models]
+        yield self._gauge("num_requests_running", "Requests being computed.", [one.running for one in now])
+        yield self._gauge("num_requests_waiting", "Requests in the queue.", [one.waiting for one in now])
+        yield self._gauge("num_tokens_waiting", "Prompt tokens in the queue.", [one.waiting_tokens for one in now])
+        used = [one.used_blocks / max(1, one.capacity.blocks) for one in now]
         yield self._gauge("kv_cache_usage_perc", "Part of the KV blocks in use, 0 to 1.", used)
-        yield self._gauge("ready", "1 while new requests are taken.", float(status.state == "ready"))
+        yield self._gauge("ready", "1 while new requests are taken.", [float(one.state == "ready") for one in now])
 
     def _counted(self) -> Iterator[Metric]:
-        counts = self.metrics
-        yield self._counter("num_preemptions", "Requests that had to yield their memory.", counts.preemptions)
-        yield self._counter("prompt_tokens", "Prompt tokens of requests that drew a token.", counts.prompt_tokens)
-        yield self._counter("generation_tokens", "Output tokens.", counts.output_tokens)
-        yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", counts.prefix_queries)
-        yield self._counter("prefix_cache_hits", "Prompt tokens found.", counts.prefix_hits)
-        yield self._counter("spec_decode_num_drafts", "Requests with guessed tokens, in each step.", counts.drafts)
-        yield self._counter("spec_decode_num_draft_tokens", "Tokens guessed and verified.", counts.drafted_tokens)
-        yield self._counter("spec_decode_num_accepted_tokens", "Guessed tokens drawn.", counts.accepted_tokens)
-        yield self._counter("requests_rejected", "Requests refused because the queue was full.", counts.rejected)
+        yield self._counter("num_preemptions", "Requests that had to yield their memory.", "preemptions")
+        yield self._counter("prompt_tokens", "Prompt tokens of requests that drew a token.", "prompt_tokens")
+        yield self._counter("generation_tokens", "Output tokens.", "output_tokens")
+        yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", "prefix_queries")
+        yield self._counter("prefix_cache_hits", "Prompt tokens found.", "prefix_hits")
+        yield self._counter("spec_decode_num_drafts", "Requests with guessed tokens, in each step.", "drafts")
+        yield self._counter("spec_decode_num_draft_tokens", "Tokens guessed and verified.", "drafted_tokens")
+        yield self._counter("spec_decode_num_accepted_tokens", "Guessed tokens drawn.", "accepted_tokens")
+        yield self._counter("requests_rejected", "Requests refused because the queue was full.", "rejected")
         labels = ["model_name", "finished_reason"]
         family = CounterMetricFamily(self.prefix + "request_success", "Requests that ended, by reason.", labels=labels)
-        for reason, count in sorted(counts.finished.items()):
-            family.add_metric([self.model, reason], count)
+        for model in self.models:
+            for reason, count in sorted(model.metrics.finished.items()):
+                family.add_metric([model.name, reason], count)
         yield family
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
+    def _gauge(self, name: str, text: str, values: Sequence[float]) -> Metric:
+        """One value per model."""
         family = GaugeMetricFamily(self.prefix + name, text, labels=["model_name"])
-        family.add_metric([self.model], value)
+        for model, value in zip(self.models, values, strict=True):
+            family.add_metric([model.name], value)
         return family
 
-    def _counter(self, name: str, text: str, value: float) -> Metric:
+    def _counter(self, name: str, text: str, count: str) -> Metric:
+        """`count` is what `core.metrics` calls it."""
         family = CounterMetricFamily(self.prefix + name, text, labels=["model_name"])
-        family.add_metric([self.model], value)
+        for model in self.models:
+            family.add_metric([model.name], getattr(model.metrics, count))
         return family
 
 
 class Exposition:
     """The text of one scrape."""
 
-    def __init__(self, metrics: Metrics, service: Service, model: str, prefix: str) -> None:
+    def __init__(self, models: Iterable[Model], prefix: str) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Collected(metrics, service, model, prefix))
+        self._registry.register(_Collected(tuple(models), prefix))
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -170,13 +170,19 @@ class Models(Struct):
     object: Literal["list"] = "list"
 
 
-class Health(Struct):
+class ModelHealth(Struct):
     status: Literal["ready", "draining", "failed"]
     model: str
     running: int
     waiting: int
     steps: int
     seconds_since_progress: float
+
+
+class Health(ModelHealth):
+    """Of all models together, under the name of the first."""
+
+    models: list[ModelHealth]
 
 
 class Index(Struct):

@@ -12,6 +12,22 @@ from headrace.gateway.text import INLINE_CHARS, Text
 
 
 @dataclass(frozen=True, slots=True)
+class Tokenize:
+    """What a client wants to see as tokens."""
+
+    model: str
+    asked: Chat | Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenize:
+    """What a client wants to see as text."""
+
+    model: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tokenized:
     """The one event: token ids and the text they stand for."""
 
@@ -25,7 +41,8 @@ class Tokenization:
 
     text: Text
 
-    async def __call__(self, asked: Chat | Prompt) -> AsyncIterator[Tokenized]:
+    async def __call__(self, call: Tokenize) -> AsyncIterator[Tokenized]:
+        asked = call.asked
         if isinstance(asked, Chat):
             yield Tokenized(await self.text.encode_chat(asked))
         else:
@@ -39,7 +56,8 @@ class Detokenization:
     text: Text
     service: Service
 
-    async def __call__(self, ids: tuple[int, ...]) -> AsyncIterator[Tokenized]:
+    async def __call__(self, call: Detokenize) -> AsyncIterator[Tokenized]:
+        ids = call.ids
         vocab = self.service.status().capacity.vocab
         if ids and max(ids) >= vocab:
             raise bad(f"tokens: a token id is beyond the vocabulary of {vocab} tokens.", "tokens")

@@ -16,11 +16,11 @@ from headrace.gateway import bounds
 from headrace.gateway.bounds import Body
 from headrace.gateway.chain import Call, Chat, Tool, Tools
 from headrace.gateway.dialects import anthropic_reply as reply
-from headrace.gateway.dialects.shared import One, check_model, sampling, schema_grammar
+from headrace.gateway.dialects.shared import One, sampling, schema_grammar
 from headrace.gateway.edge import Context, Dialect
 from headrace.gateway.errors import bad
 from headrace.gateway.openapi import Answer, Operation
-from headrace.gateway.tokenization import Tokenized
+from headrace.gateway.tokenization import Tokenize, Tokenized
 
 # Accepted and without effect: they steer accounting and caching at Anthropic, never the answer.
 IGNORED = frozenset("metadata service_tier cache_control inference_geo".split())
@@ -125,7 +125,7 @@ COUNT = Body(CountRequest, IGNORED, REFUSED)
 def parse(body: bytes, context: Context) -> tuple[Call, reply.Reply]:
     """Raises Refused."""
     asked = MESSAGES.decode(body)
-    check_model(asked.model, context.model)
+    context = context.of(asked.model)
     thinking = asked.thinking
     call = Call(
         id=f"msg_{secrets.token_hex(12)}",
@@ -142,11 +142,11 @@ def parse(body: bytes, context: Context) -> tuple[Call, reply.Reply]:
     return call, reply.Reply(call.id, context.model, bool(asked.stream))
 
 
-def parse_count(body: bytes, context: Context) -> tuple[Chat, One[Tokenized]]:
+def parse_count(body: bytes, context: Context) -> tuple[Tokenize, One[Tokenized]]:
     """Raises Refused."""
     asked = COUNT.decode(body)
-    check_model(asked.model, context.model)
-    return _chat(asked), One(lambda event: reply.Count(len(event.ids)))
+    context = context.of(asked.model)
+    return Tokenize(context.model, _chat(asked)), One(lambda event: reply.Count(len(event.ids)))
 
 
 def _chat(asked: CountRequest) -> Chat:

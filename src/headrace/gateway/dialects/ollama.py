@@ -163,6 +163,7 @@ def loading(handler: Handler) -> Handler:
 def parse_chat(body: bytes, context: Context) -> tuple[Call, reply.Reply]:
     """Raises Refused."""
     asked = CHAT.decode(body)
+    context = context.of(asked.model)
     chat = Chat(tuple(_messages(asked.messages)), _thinking(asked.think), _tools(asked.tools or ()))
     call = _call(asked, context, chat if asked.messages else ())
     return call, reply.Reply(named(context.model), asked.stream is not False, reply.chat, bool(asked.messages))
@@ -171,6 +172,7 @@ def parse_chat(body: bytes, context: Context) -> tuple[Call, reply.Reply]:
 def parse_generate(body: bytes, context: Context) -> tuple[Call, reply.Reply]:
     """Raises Refused."""
     asked = GENERATE.decode(body)
+    context = context.of(asked.model)
     said = {"system": asked.system, "user": asked.prompt}
     chat = Chat(tuple({"role": role, "content": text} for role, text in said.items() if text), _thinking(asked.think))
     prompt: Chat | tuple[str, ...] = (asked.prompt,) if asked.raw else chat
@@ -204,7 +206,6 @@ def _check(asked: str, served: str | None) -> None:
 
 
 def _call(asked: ChatRequest | GenerateRequest, context: Context, what: Chat | tuple[str, ...]) -> Call:
-    _check(asked.model, context.model)
     options = asked.options or Options()
     stop = options.stop or []
     return Call(

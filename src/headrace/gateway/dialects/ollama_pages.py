@@ -92,11 +92,13 @@ def running(cards: Sequence[Card]) -> Running:
     )
 
 
-def show(cards: Sequence[Card], capabilities: Callable[[Card], Sequence[str]]) -> Callable[[str], AsyncIterator[Show]]:
+def show(
+    cards: Callable[[], Sequence[Card]], capabilities: Callable[[Card], Sequence[str]]
+) -> Callable[[str], AsyncIterator[Show]]:
     """A handler: what is known of one model."""
 
     async def shown(name: str) -> AsyncIterator[Show]:
-        found = [card for card in cards if name in (card.name, named(card.name))]
+        found = [card for card in cards() if name in (card.name, named(card.name))]
         if not found:
             raise Refused(404, f"model '{name}' not found")
         yield _show(found[0], capabilities(found[0]))

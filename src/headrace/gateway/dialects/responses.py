@@ -16,7 +16,7 @@ from headrace.gateway import bounds, shapes
 from headrace.gateway.bounds import Body
 from headrace.gateway.chain import Call, Chat, Tool, Tools
 from headrace.gateway.dialects import responses_reply as reply
-from headrace.gateway.dialects.shared import ANY_OBJECT, check_model, sampling, schema_grammar
+from headrace.gateway.dialects.shared import ANY_OBJECT, sampling, schema_grammar
 from headrace.gateway.edge import Context, Dialect
 from headrace.gateway.errors import bad
 from headrace.gateway.openapi import Answer, Operation
@@ -130,7 +130,7 @@ BODY = Body(ResponseRequest, IGNORED, REFUSED)
 def parse(body: bytes, context: Context) -> tuple[Turn, reply.Reply]:
     """Raises Refused."""
     asked = BODY.decode(body)
-    check_model(asked.model, context.model)
+    context = context.of(asked.model)
     tools = _tools(asked)
     said = tuple(_messages(asked.input))
     head = ({"role": "system", "content": asked.instructions},) if asked.instructions else ()

@@ -8,14 +8,14 @@ from msgspec import Meta, Struct
 
 from headrace.gateway import bounds, shapes
 from headrace.gateway.bounds import Body
-from headrace.gateway.chain import Chat, Prompt
-from headrace.gateway.dialects.shared import One, check_model
+from headrace.gateway.chain import Chat
+from headrace.gateway.dialects.shared import One
 from headrace.gateway.edge import Context, Dialect
 from headrace.gateway.errors import bad
 from headrace.gateway.openai import Message, _message
 from headrace.gateway.openapi import Answer, Operation
 from headrace.gateway.replies import error_body
-from headrace.gateway.tokenization import Tokenized
+from headrace.gateway.tokenization import Detokenize, Tokenize, Tokenized
 
 
 class TokenizeRequest(Struct, kw_only=True):
@@ -46,10 +46,10 @@ TOKENIZE = Body(TokenizeRequest, frozenset(), {})
 DETOKENIZE = Body(DetokenizeRequest, frozenset(), {})
 
 
-def parse_tokenize(body: bytes, context: Context) -> tuple[Chat | Prompt, One[Tokenized]]:
+def parse_tokenize(body: bytes, context: Context) -> tuple[Tokenize, One[Tokenized]]:
     """Raises Refused."""
     asked = TOKENIZE.decode(body)
-    check_model(asked.model, context.model)
+    context = context.of(asked.model)
     if (asked.prompt is None) == (asked.messages is None):
         raise bad("Send either prompt or messages.", "prompt")
     if asked.add_special_tokens is False:
@@ -58,17 +58,17 @@ def parse_tokenize(body: bytes, context: Context) -> tuple[Chat | Prompt, One[To
     def shape(event: Tokenized) -> Tokens:
         names = [context.text.token_bytes(one).decode(errors="replace") for one in event.ids]
         strs = names if asked.return_token_strs else None
-        return Tokens(len(event.ids), context.max_context_tokens, list(event.ids), strs)
+        return Tokens(len(event.ids), context.to.max_context_tokens, list(event.ids), strs)
 
     what = Chat(tuple(map(_message, asked.messages))) if asked.messages else asked.prompt or ""
-    return what, One(shape)
+    return Tokenize(context.model, what), One(shape)
 
 
-def parse_detokenize(body: bytes, context: Context) -> tuple[tuple[int, ...], One[Tokenized]]:
+def parse_detokenize(body: bytes, context: Context) -> tuple[Detokenize, One[Tokenized]]:
     """Raises Refused."""
     asked = DETOKENIZE.decode(body)
-    check_model(asked.model, context.model)
-    return tuple(asked.tokens), One(lambda event: Detokenized(event.text))
+    context = context.of(asked.model)
+    return Detokenize(context.model, tuple(asked.tokens)), One(lambda event: Detokenized(event.text))
 
 
 TOKENS = Dialect(
