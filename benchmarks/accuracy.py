@@ -1,12 +1,15 @@
 """The simulator against the live engine on this machine: six workloads that the calibration has not seen, the same
 arrivals run for real and in virtual time, one table of live, simulated and error.
 
-Run `make accuracy`, alone on the machine. The speed of shared machines drifts while a workload plays for a minute, and
-that is no error of the simulator: steps are measured before and after each workload, as `headrace calibrate` does, and
-its prices are fitted to both. They see nothing of the workload. Live times are those of a client in the same process
-that reads the engine's streams; HTTP comes on top.
+Run `make accuracy`, alone on the machine. The speed of shared machines wanders by 10 % and more within seconds, and
+that is no error of the simulator. So every workload is played in several turns, between which a few steps are measured
+(a pulse) as `headrace calibrate` measures them; they see nothing of the workloads. One fit knows how steps compare,
+from the calibrations at the beginning and the end and all pulses; the pulses on both sides of a turn tell how fast the
+machine was. Metrics are those of all turns of a workload together. Live times are those of a client in the same
+process that reads the engine's streams; HTTP comes on top.
 
-    steps | chat | steps | chat | steps | clients | steps ...        prices of a workload: the steps on its two sides
+    calibration | chat | pulse | chat | pulse | clients | ... | pulse | bursts | calibration      one of `--turns`
+                '--- level ---'
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -36,6 +39,7 @@ from headrace.core.keys import block_keys
 from headrace.core.types import Request, Tokens
 from headrace.engine.loop import Engine
 from headrace.engine.scheduler import Scheduler
+from headrace.sim.calibration import Calibration, Point
 from headrace.sim.measure import Step, Watch, grouped
 from headrace.sim.run import Site, simulate
 from headrace.workload.arrival import Arrival
@@ -43,9 +47,10 @@ from headrace.workload.settings import WorkloadSettings, workload
 
 FLAGS = ["--max-running", "32", "--token-budget", "128", "--kv-memory", "3GiB"]
 EXTENT = Extent(rows=32, context=512, rounds=3)
+PULSE = Extent(rows=16, context=64, rounds=1)
+_PULSES = 10_000  # added to the labels of their sessions
 CHAT, LONG = "16:120,8:48", "16:100@85+260:440@15,8:48"
 MEAN_BOUND, P99_BOUND = 0.05, 0.15
-DRIFT, OTHERS, RUNS = 0.04, 0.02, 2  # run so often in all, if the machine drifted or worked for others more than this
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,9 @@ class Workload:
     def at(self, rate: float) -> WorkloadSettings:
         process, _, *shape = (self.settings.arrivals or "").split(":")
         return replace(self.settings, arrivals=":".join((process, f"{rate:.4f}", *shape)))
+
+    def reseeded(self, turn: int) -> Workload:
+        return replace(self, settings=replace(self.settings, seed=self.settings.seed + 100 * turn))
 
 
 WORKLOADS = (
@@ -98,31 +106,41 @@ class Metrics:
     throughput: float
 
     @classmethod
-    def of(cls, lives: Sequence[Life]) -> Metrics:
+    def of(cls, turns: Sequence[Sequence[Life]]) -> Metrics:
+        lives = [life for turn in turns for life in turn]
         ttfts = sorted(life.first_s - life.sent_s for life in lives)
         tpots = [(life.last_s - life.first_s) / (life.tokens - 1) for life in lives if life.tokens > 1]
-        span_s = max(life.last_s for life in lives) - min(life.sent_s for life in lives)
         return cls(
             mean(ttfts),
             ttfts[math.ceil(0.99 * len(ttfts)) - 1],
             mean(tpots),
             mean(life.last_s - life.sent_s for life in lives),
-            sum(life.tokens for life in lives) / span_s,
+            sum(life.tokens for life in lives) / sum(map(span, turns)),
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Played:
-    """One workload, live."""
+def span(lives: Sequence[Life]) -> float:
+    """Seconds from the first request to the last token."""
+    return max(life.last_s for life in lives) - min(life.sent_s for life in lives)
 
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Some seconds of one workload, live."""
+
+    workload: Workload
+    arrivals: list[Arrival]
+    clients: int
     lives: list[Life]
     steps: list[Step]
     cached_tokens: int
+    pulse: int  # the one before it; the next comes after it
+    others: float  # of all processor time, meanwhile
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table."""
+    """One line of the table: all turns of a workload."""
 
     name: str
     requests: int
@@ -132,9 +150,8 @@ class Row:
     cached: tuple[int, int]  # tokens found in the prefix cache, live and simulated
     steps: float  # simulated seconds of the live steps over their own, minus 1
     outside: float  # share of the live steps that the calibration did not cover
-    drift: float  # of the machine: what the steps after it took over those before it, minus 1
+    levels: tuple[float, ...]  # how dear steps were in each turn, by the pulses: 1 is the mean
     others: float  # of all processor time, meanwhile
-    runs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +256,9 @@ class Clients:
         return Request(str(number), (Tokens(tuple(ids)),), clock.now(), arrival.output_tokens, block_keys=keys)
 
 
-async def play(live: Live, arrivals: Sequence[Arrival], clients: int) -> Played:
-    """One workload through a fresh engine in front of the loaded model."""
+async def play(live: Live, arrivals: Sequence[Arrival], clients: int) -> tuple[list[Life], list[Step], int]:
+    """Arrivals through a fresh engine in front of the loaded model; what its clients saw, its steps, the tokens that
+    it found in its prefix cache."""
     executor, lives = live.loaded.executor, Lives()
     watch = Watch(executor)
     observer = Both(watch, lives)
@@ -252,22 +270,12 @@ async def play(live: Live, arrivals: Sequence[Arrival], clients: int) -> Played:
     await clock.sleep(0.1)
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
-    return Played(people.lives, watch.steps, lives.cached_tokens)
+    return people.lives, watch.steps, lives.cached_tokens
 
 
-def steps_now(live: Live) -> list[Step]:
-    return clock.run(measure_steps(live, EXTENT))
-
-
-def drift_of(before: Sequence[Step], after: Sequence[Step]) -> float:
-    """What the same steps took later over what they took first, minus 1."""
-    then, now = (sum(one.sample.seconds for one in grouped(steps)) for steps in (before, after))
-    return now / then - 1
-
-
-def site_of(live: Live, steps: Sequence[Step]) -> Site:
-    capacity, budget = live.loaded.executor.capacity, live.token_budget
-    return replace(fitted(live, steps).site(), settings=live.settings, capacity=capacity, token_budget=budget)
+def steps_now(live: Live, extent: Extent) -> list[Step]:
+    quiet: Callable[[str, float], None] = lambda what, share: None  # noqa: E731
+    return clock.run(measure_steps(live, extent, quiet))
 
 
 # -- simulated ---------------------------------------------------------------------------------------------------------
@@ -302,35 +310,64 @@ def traffic(site: Site, asked: Workload, seconds: float) -> tuple[list[Arrival],
 # -- both --------------------------------------------------------------------------------------------------------------
 
 
-def compare(live: Live, asked: Workload, seconds: float, before: list[Step]) -> tuple[Row, Played, list[Step]]:
-    """Again if the machine was not itself. `before` are the steps measured last; returns those measured since, too."""
-    arrivals, clients = traffic(site_of(live, before), asked, seconds)
-    runs, drift, others, after = 0, math.inf, 1.0, before
-    while runs < RUNS and (abs(drift) > DRIFT or others > OTHERS):
-        runs, before = runs + 1, after
-        used = Used.now()
-        played = clock.run(play(live, arrivals, clients))
-        others = Used.now().others_since(used)
-        after = steps_now(live)
-        drift = drift_of(before, after)
-    site = site_of(live, [*before, *after])
-    lives, cached_tokens = imagine(site, arrivals, clients)
-    spent_s = sum(step.seconds for step in played.steps)
-    priced = [site.cost.estimate(step.batch) for step in played.steps]
-    row = Row(
-        asked.name,
-        len(played.lives),
-        len(arrivals) / (max(life.sent_s for life in played.lives) - min(life.sent_s for life in played.lives)),
-        Metrics.of(played.lives),
-        Metrics.of(lives),
-        (played.cached_tokens, cached_tokens),
-        sum(cost.seconds for cost in priced) / spent_s - 1,
-        sum(cost.extrapolated for cost in priced) / len(priced),
-        drift,
-        others,
-        runs,
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What steps cost: one fit for how they compare, and how dear all of them were at each pulse."""
+
+    points: tuple[Point, ...]
+    fitted: Calibration
+    levels: tuple[float, ...]
+
+    @classmethod
+    def of(cls, live: Live, calibrations: Sequence[list[Step]], pulses: Sequence[list[Step]]) -> Prices:
+        steps = [step for some in calibrations for step in some]
+        steps += [step._replace(label=_PULSES + (step.label or 0)) for some in pulses for step in some]
+        fit = fitted(live, steps)
+        cost = fit.cost()
+        ratios = [
+            mean(one.sample.seconds / cost.estimate(one.sample.batch).seconds for one in grouped(some))
+            for some in pulses
+        ]
+        return cls(fit.points, fit, tuple(ratio / mean(ratios) for ratio in ratios))
+
+    def level(self, turn: Turn) -> float:
+        return mean(self.levels[turn.pulse : turn.pulse + 2])
+
+    def site(self, live: Live, level: float = 1.0) -> Site:
+        """The engine on a machine whose every step takes `level` times as long."""
+        capacity, budget = live.loaded.executor.capacity, live.token_budget
+        points = tuple(msgspec.structs.replace(point, seconds=point.seconds * level) for point in self.points)
+        numbers = tuple(number * level for number in self.fitted.fitted.coefficients)
+        fit = msgspec.structs.replace(self.fitted.fitted, coefficients=numbers)
+        site = msgspec.structs.replace(self.fitted, points=points, fitted=fit).site()
+        return replace(site, settings=live.settings, capacity=capacity, token_budget=budget)
+
+
+def compare(live: Live, prices: Prices, turns: Sequence[Turn]) -> Row:
+    """All turns of one workload in virtual time."""
+    simulated, spent_s, priced_s, outside, steps, cached = [], 0.0, 0.0, 0, 0, 0
+    for turn in turns:
+        site = prices.site(live, prices.level(turn))
+        lives, found = imagine(site, turn.arrivals, turn.clients)
+        simulated.append(lives)
+        costs = [site.cost.estimate(step.batch) for step in turn.steps]
+        priced_s += sum(cost.seconds for cost in costs)
+        spent_s += sum(step.seconds for step in turn.steps)
+        outside += sum(cost.extrapolated for cost in costs)
+        steps, cached = steps + len(costs), cached + found
+    came = [max(life.sent_s for life in turn.lives) - min(life.sent_s for life in turn.lives) for turn in turns]
+    return Row(
+        turns[0].workload.name,
+        sum(len(turn.lives) for turn in turns),
+        sum(len(turn.arrivals) for turn in turns) / sum(came),
+        Metrics.of([turn.lives for turn in turns]),
+        Metrics.of(simulated),
+        (sum(turn.cached_tokens for turn in turns), cached),
+        priced_s / spent_s - 1,
+        outside / steps,
+        tuple(prices.level(turn) for turn in turns),
+        mean(turn.others for turn in turns),
     )
-    return row, played, after
 
 
 def error(simulated: float, live: float) -> float:
@@ -372,28 +409,37 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def notes(row: Row) -> str:
+    levels = ", ".join(f"{level:.2f}" for level in row.levels)
     return (
         f"  {row.name}: {row.requests} requests, {row.rate:.2f} a second; prefix cache {row.cached[0]} tokens live, "
         f"{row.cached[1]} simulated; live steps priced {row.steps:+.1%}, {row.outside:.1%} of them outside the "
-        f"measured range; steps {row.drift:+.1%} from before to after; others used {row.others:.1%} of the "
-        f"machine; run {row.runs}"
+        f"measured range; the machine's level in each turn {levels}; others used {row.others:.1%} of the machine"
     )
 
 
 def measure(live: Live, args: argparse.Namespace) -> list[Row]:
-    steps_now(live)  # the first steps touch memory for the first time
-    steps = steps_now(live)
-    print(report(fitted(live, steps)), flush=True)
-    rows = []
-    for asked in (one for one in WORKLOADS if args.only in one.name):
-        row, played, steps = compare(live, asked, args.seconds, steps)
-        rows.append(row)
-        print(notes(row), flush=True)
-        if args.steps:
-            with args.steps.open("ab") as file:
-                file.write(msgspec.json.encode([asked.name, played.steps]) + b"\n")
+    steps_now(live, PULSE)  # the first steps touch memory for the first time
+    calibrations, pulses, turns = [steps_now(live, EXTENT)], [steps_now(live, PULSE)], []
+    first = Prices.of(live, calibrations, pulses).site(live)
+    asked = [one for one in WORKLOADS if args.only in one.name]
+    order = Random(0)
+    for number in range(args.turns):
+        for one in order.sample(asked, len(asked)):
+            print(f"turn {number + 1} of {args.turns}: {one.name}", file=sys.stderr, flush=True)
+            arrivals, clients = traffic(first, one.reseeded(number), args.seconds / args.turns)
+            used = Used.now()
+            lives, steps, cached = clock.run(play(live, arrivals, clients))
+            others = Used.now().others_since(used)
+            turns.append(Turn(one, arrivals, clients, lives, steps, cached, len(pulses) - 1, others))
+            pulses.append(steps_now(live, PULSE))
+    calibrations.append(steps_now(live, EXTENT))
     clock.run(live.loaded.executor.close())
-    return rows
+    if args.steps:
+        keep = (calibrations, pulses, [(turn.workload.name, turn.pulse, turn.steps) for turn in turns])
+        args.steps.write_bytes(msgspec.json.encode(keep))
+    prices = Prices.of(live, calibrations, pulses)
+    print(report(prices.fitted), flush=True)
+    return [compare(live, prices, [turn for turn in turns if turn.workload is one]) for one in asked]
 
 
 def main() -> int:
@@ -401,10 +447,12 @@ def main() -> int:
     add_model(parser)
     parser.add_argument("--steps", type=Path, metavar="FILE", help="keep every live step, for finding out why")
     parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name has this in it")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals in each workload (default: 60)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals of each workload (default: 60)")
+    parser.add_argument("--turns", type=int, default=3, help="that each workload is played in (default: 3)")
     args = parser.parse_args([*FLAGS, *sys.argv[1:]])
     live = open_live(args, Phases())
     rows = measure(live, args)
+    print("\n".join(map(notes, rows)))
     print(table(rows))
     return 0
 
