@@ -33,6 +33,8 @@ from headrace.gateway.endpoints import Endpoints, Extras, error_body
 from headrace.gateway.errors import LOG, Refused
 from headrace.gateway.models import Model, Models
 from headrace.gateway.openapi import Answer, Operation, document
+from headrace.gateway.page import OPERATION as PART
+from headrace.gateway.page import Site
 from headrace.gateway.prometheus import CONTENT_TYPE, Exposition
 from headrace.gateway.replies import error_body as openai_error
 from headrace.gateway.state.batches import Bounds
@@ -73,20 +75,22 @@ def application(models: Models, settings: GatewaySettings, extras: Extras | None
 
 def _described(served: Sequence[Served]) -> list[Served]:
     """What is served, and two pages that tell what that is."""
-    index = _operation("/", "Name, version and paths", shapes.Index)
+    site = Site()
+    index = _operation("/", "Name, version and paths; for browsers, the built-in page", shapes.Index)
     openapi = _operation("/openapi.json", "This document", dict[str, Any])
-    operations = [operation for operation, _ in served] + [index, openapi]
+    operations = [operation for operation, _ in served] + [index, openapi, PART]
     description = _json(document(operations, "Headrace", __version__))
     paths = {operation.path: operation.method for operation in operations}
     names = _json(shapes.Index("headrace", __version__, paths))
+    names.headers["vary"] = "accept"
 
-    async def show_index(_: Request) -> Response:
-        return names
+    async def show_index(request: Request) -> Response:
+        return site.index(request) or names
 
     async def show_description(_: Request) -> Response:
         return description
 
-    return [*served, (index, show_index), (openapi, show_description)]
+    return [*served, (index, show_index), (openapi, show_description), (PART, site.part)]
 
 
 def _routes(served: Sequence[Served]) -> list[Route]:
