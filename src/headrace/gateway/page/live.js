@@ -10,11 +10,7 @@ const STATES = {
   prefilling: ["prefill", "reads its prompt"],
   decoding: ["decode", "writes"],
 };
-const HELD = {
-  places: "the next one waits for a place",
-  memory: "the next one waits for memory",
-  policy: "the next one is held back by the admission policy",
-};
+const HELD = { places: "a place", memory: "memory", policy: "the admission policy" };
 
 /** Returns what reads and shows everything once. */
 export function startLive({ refused, explain }) {
@@ -72,7 +68,7 @@ function toldStep(step) {
   if (!step) return "Point at a step; or focus the picture and use the arrow keys.";
   const which = step.repetitions > 1 ? `${count(step.repetitions)} steps of ${time(step.each_ms)}` : `A step of ${time(step.ms)}`;
   const what = `${count(step.tokens - step.answers)} tokens of prompts, ${count(step.answers)} of answers, ${count(step.requests)} requests`;
-  const held = HELD[step.held] ? `; ${HELD[step.held]}` : "";
+  const held = HELD[step.held] ? `; the next one waits for ${HELD[step.held]}` : "";
   return `${which}: ${what}; ${count(step.waiting)} waiting, ${count(step.used_blocks)} blocks in use${held}.`;
 }
 
