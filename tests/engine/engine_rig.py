@@ -13,7 +13,7 @@ from null_executor import VOCAB, NullExecutor, reference, seer
 from headrace.core.config import EngineSettings
 from headrace.core.events import Event
 from headrace.core.keys import block_keys
-from headrace.core.ports import Capacity
+from headrace.core.ports import Capacity, Observer
 from headrace.core.step import StepPlan
 from headrace.core.types import FinishReason, Output, Request, RequestId, Sampling, Tokens
 from headrace.engine.policies.lanes import Measured
@@ -30,13 +30,16 @@ def newest_first(batch: BatchView) -> Generator[Share, int, None]:
 
 
 class Recorder:
-    """Keeps every event."""
+    """Keeps every event, and passes it on if somebody listens."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.then: Observer | None = None
 
     def observe(self, event: Event) -> None:
         self.events.append(event)
+        if self.then is not None:
+            self.then.observe(event)
 
     def of(self, kind: type) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]

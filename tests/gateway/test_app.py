@@ -124,7 +124,7 @@ def test_one_log_line_per_call_and_no_prompt_in_it(caplog: pytest.LogCaptureFixt
     run(ask(APP, CHAT, body, headers={"x-request-id": "mine"}))
     lines = [record.getMessage() for record in caplog.records if record.name == "headrace.gateway"]
     assert len(lines) == 1 and "secret" not in caplog.text and ANSWER[:10] not in caplog.text
-    pattern = r"chatcmpl-\w+ client=mine prompt=\d+ cached=3 output=6 ttft=\d\.\d+s total=\d\.\d+s finish=length"
+    pattern = r"chatcmpl-\w+ request=mine prompt=\d+ cached=3 output=6 ttft=\d\.\d+s total=\d\.\d+s finish=length"
     assert re.fullmatch(pattern, lines[0])
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headrace.cli.recordings import Both
 from headrace.core import clock, config
 from headrace.core.config import BadSetting, DeviceSettings, EngineSettings, GatewaySettings
+from headrace.core.explain.fold import Explanations
 from headrace.core.metrics import Metrics
 from headrace.core.ports import Executor, Observer
 
@@ -79,6 +81,7 @@ class Assembled:
     token_budget: int
     checkpoint: Checkpoint
     grammars: Grammars
+    explanations: Explanations
 
 
 def assemble(
@@ -88,6 +91,7 @@ def assemble(
     served_name: str | None = None,
     watched: Watched = lambda executor, observer, settings, token_budget, step_s: (executor, observer),
     gateway: GatewaySettings = GatewaySettings(),  # noqa: B008
+    explanations: Explanations | None = None,
 ) -> Assembled:
     """Load the model named on the command line and put a scheduler in front of it. `watched` may wrap the executor and
     the observer, to record what passes."""
@@ -108,7 +112,9 @@ def assemble(
     loaded = load(checkpoint, device_settings, *sizes, phase, step_tokens, engine_settings.host_kv_memory)
     budget, price = token_budget(engine_settings, loaded.steps), step_price(loaded.steps)
     metrics = Metrics()
-    executor, observer = watched(loaded.executor, metrics, engine_settings, budget, price)
+    explanations = explanations or Explanations(gateway.explained)  # one for all models of a server
+    told = Both(metrics, explanations.observer(served_name or args.model))
+    executor, observer = watched(loaded.executor, told, engine_settings, budget, price)
     policies = choose(engine_settings, predict=Measured(*price))
     scheduler = Scheduler(engine_settings, executor.capacity, token_budget=budget, observer=observer, policies=policies)
     name = served_name or (checkpoint.name if Path(args.model).exists() else args.model)
@@ -118,7 +124,7 @@ def assemble(
     grammars = Grammars(vocabulary)
     loaded.executor.controls = Controls(grammars, loaded.executor.capacity.vocab)
     phase.done()
-    return Assembled(name, engine, text, metrics, loaded, budget, checkpoint, grammars)
+    return Assembled(name, engine, text, metrics, loaded, budget, checkpoint, grammars, explanations)
 
 
 def open_model(model: str, phase: Phases) -> Checkpoint:

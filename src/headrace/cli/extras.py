@@ -34,12 +34,14 @@ class Beside:
 def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases) -> Beside:
     """Raises BadState or BadModelFile if what the user named cannot be used; a default that is not here is left out."""
     from headrace.gateway.endpoints import Extras
+    from headrace.gateway.explaining import Book
 
     found = open_embedding(assembled, settings, phase)
     batcher, words, cards = found if found else (None, None, ())
     database = open_database(assembled.name, settings)
     phase.done()
-    return Beside(Extras(batcher, words, database, cards), batcher)
+    book = Book(assembled.explanations, settings.explained)
+    return Beside(Extras(batcher, words, database, cards, book), batcher)
 
 
 def model_of(assembled: Assembled, service: Service, settings: GatewaySettings) -> Model:

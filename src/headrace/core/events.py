@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from headrace.core.step import Decode, Run
-from headrace.core.types import FinishReason, Request, RequestId, Usage
+from headrace.core.step import Decode, Run, Work
+from headrace.core.types import BlockKey, FinishReason, Request, RequestId, Usage
 
 
 class Arrived(NamedTuple):
@@ -26,6 +26,8 @@ class Admitted(NamedTuple):
     cached_tokens: int  # KV found in the prefix cache
     queue_s: float  # since arrival, or since the preemption
     again: bool  # True when it had been admitted before and was preempted
+    missed: BlockKey | None = None  # the name of the first block that was looked for in vain
+    asked: bool = True  # whether this request looks for blocks of others at all
 
 
 class Planned(NamedTuple):
@@ -37,6 +39,9 @@ class Planned(NamedTuple):
     waiting: int
     used_blocks: int  # referenced by some request; cached but unreferenced blocks are free
     total_blocks: int
+    others: tuple[Work, ...] = ()  # the rows beside the beat: prompts, and those who have drafts
+    held: str = ""  # why the first in the queue could not start: "places", "memory" or "policy"; "" if it was not asked
+    lane: int = 0
 
 
 class Idle(NamedTuple):
@@ -63,6 +68,7 @@ class Preempted(NamedTuple):
     request_id: RequestId
     lost_tokens: int  # computed tokens whose KV must be found or computed again
     reason: str
+    by: RequestId | None = None  # for whom it yielded
 
 
 class Drew(NamedTuple):

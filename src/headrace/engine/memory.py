@@ -54,6 +54,11 @@ class Memory:
         last = (progress.known_tokens - 1) // self.block_tokens
         return self.index.match(progress.keys, progress.computed_tokens // self.block_tokens, last)
 
+    def missed(self, progress: Progress) -> BlockKey | None:
+        """The name of the first block that a request, admitted just now, could have shared and did not find."""
+        at, last = len(progress.blocks), (progress.known_tokens - 1) // self.block_tokens
+        return progress.keys[at] if progress.reads_cache and at < min(last, len(progress.keys)) else None
+
     def shares(self, progress: Progress, start: int, other: Progress) -> bool:
         """Whether the block at `start` is one that another request fills with its pending tokens, to name it then."""
         at = start // self.block_tokens

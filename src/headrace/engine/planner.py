@@ -47,6 +47,7 @@ class Step:
     beside: tuple[Step, ...] = ()  # in flight in other lanes while this one is planned
     joined: list[RequestId] = field(default_factory=list)  # began to decode while this one was in flight
     leaving: list[Progress] = field(default_factory=list)  # ended in flight, and still hold the blocks it writes
+    held: str = ""  # why the first that waits could not start, as `events.Planned` says it
 
     @property
     def empty(self) -> bool:
@@ -282,25 +283,27 @@ class Planner:
     def _may_start(self, progress: Progress, hits: Sequence[Block], own: int, step: Step) -> bool:
         """Whether a waiting request is admitted now. Nobody takes what a request preempted in this step gave back, and
         an empty replica takes the first whatever the policy says."""
+        step.held = "memory"
         if step.preempted and progress is not step.favoured:
             return False
         if step.beside and self._memory.cost(hits) + own > self._memory.pool.free:
             return False  # somebody has ended, but not yet the step that writes its blocks
-        return self._fits(progress, hits, own, ())
+        step.held = self._hindered(progress, hits, own, ())
+        return not step.held
 
-    def _fits(self, progress: Progress, hits: Sequence[Block], own: int, without: Sequence[Progress]) -> bool:
-        """Whether a waiting request may start beside the running ones, if those in `without` yielded."""
+    def _hindered(self, progress: Progress, hits: Sequence[Block], own: int, without: Sequence[Progress]) -> str:
+        """What keeps a waiting request from starting beside the running ones if those in `without` yielded, or ""."""
         running = self._lines.running_count - len(without)
         if not running:
-            return True
+            return ""
         if running >= self._max_running:
-            return False
+            return "places"
         adopted = self._memory.cost(hits)
         pool = self._pool_view(without, hits)
         if adopted + own > pool.free_blocks:
-            return False
+            return "memory"
         progress.cached_blocks = len(hits) - adopted
-        return self._policies.admission(progress, pool)
+        return "" if self._policies.admission(progress, pool) else "policy"
 
     def _pool_view(self, without: Sequence[Progress], hits: Sequence[Block]) -> PoolView:
         blocks_for, prefilling = self._memory.blocks_for, self._lines.prefilling.members
@@ -332,7 +335,7 @@ class Planner:
         own = len(self._memory.on_host(first, len(hits) * self._block_tokens)) or 1
         behind = [other for other in running if other.order > first.order and not step.served(other)]
         victims: list[Progress] = []
-        while not self._fits(first, hits, own, victims):
+        while self._hindered(first, hits, own, victims):
             chosen = self._policies.preemption(behind, first) if behind else None
             victim = next((other for other in behind if other is chosen), None)
             if victim is None:
@@ -341,7 +344,7 @@ class Planner:
             victims.append(victim)
         for victim in victims:
             step.preempted, step.favoured = True, first
-            self._yield(victim, step, "a request that waits")
+            self._yield(victim, step, "a request that waits", first)
         step.decoding = tuple(self._lines.decoding.members) if State.DECODING in step.serves else ()
 
     def _admit(self, progress: Progress, step: Step) -> None:
@@ -356,7 +359,8 @@ class Planner:
         step.admitted.append(
             Admitted(progress.request, tuple(progress.output_ids), tuple(progress.blocks), cached_tokens)
         )
-        self._observe(events.Admitted(now, progress.id, cached_tokens, now - progress.queued_s, again))
+        queue_s, missed = now - progress.queued_s, self._memory.missed(progress)
+        self._observe(events.Admitted(now, progress.id, cached_tokens, queue_s, again, missed, progress.reads_cache))
 
     def _advance(self, progress: Progress, taken: _Taken, layers: int, step: Step) -> int:
         """Put the pending tokens into the step, through the next layers: the numbers move now. Returns the tokens."""
@@ -475,17 +479,17 @@ class Planner:
             chosen = self._policies.preemption(behind, progress)
             victim = next((other for other in behind if other is chosen), behind[-1])
             step.preempted = True
-            self._yield(victim, step, "memory")
+            self._yield(victim, step, "memory", progress)
         return True
 
-    def _yield(self, victim: Progress, step: Step, reason: str) -> None:
+    def _yield(self, victim: Progress, step: Step, reason: str, by: Progress) -> None:
         victim.served_step = step.number
-        self.preempt(victim, step.now, reason)
+        self.preempt(victim, step.now, reason, by.id)
 
-    def preempt(self, progress: Progress, now: float, reason: str) -> None:
+    def preempt(self, progress: Progress, now: float, reason: str, by: RequestId | None = None) -> None:
         """Back to waiting, to its old place in the ordering; its blocks stay cached as long as nobody needs them, and
         go to the host if there is a tier."""
-        self._observe(events.Preempted(now, progress.id, progress.computed_tokens, reason))
+        self._observe(events.Preempted(now, progress.id, progress.computed_tokens, reason, by))
         self._lines.move(progress, State.WAITING)
         self._memory.release(progress, [], waits=True)
         progress.preemptions += 1

@@ -274,10 +274,11 @@ class Scheduler:
         lanes = self._flights.begin(step, self.used_blocks, self.capacity.blocks)
         rows, total = len(step.members) + len(step.others), self.capacity.blocks
         numbers = (rows, step.tokens, self.running, self.waiting, self.used_blocks, total)
-        self._observe(events.Planned(step.now, step.number, *numbers))
+        others = tuple(step.others)
+        self._observe(events.Planned(step.now, step.number, *numbers, others, step.held, step.lane))
         return StepPlan(
             step.number,
-            tuple(step.others),
+            others,
             tuple(step.admitted),
             released,
             copies,

@@ -31,6 +31,7 @@ from headrace.gateway.checks import Checks
 from headrace.gateway.edge import ByMethod, Door, Endpoint, allowed_hosts, http_refusal
 from headrace.gateway.endpoints import Endpoints, Extras, error_body
 from headrace.gateway.errors import LOG, Refused
+from headrace.gateway.explaining import served as explaining
 from headrace.gateway.models import Model, Models
 from headrace.gateway.openapi import Answer, Operation, document
 from headrace.gateway.page import OPERATION as PART
@@ -60,6 +61,7 @@ def application(models: Models, settings: GatewaySettings, extras: Extras | None
     endpoints = Endpoints(models, settings, extras)
     served: list[Served] = list(endpoints.served())
     served += _pages(models, extras, Exposition(models, settings.metrics_prefix))
+    served += explaining(extras.book)
     for model in models:
         if not model.text.has_chat:
             LOG.warning("%s: %s; /v1/chat/completions will refuse", model.name, model.text.why_no_chat)

@@ -15,9 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from headrace.core import clock
 from headrace.core.types import FinishReason, Grammar, RequestId, Sampling, TokenLogprob, Usage
-from headrace.gateway.errors import LOG, Refused
 
 T = TypeVar("T")
 Prompt = str | tuple[int, ...]
@@ -75,7 +73,7 @@ class Call:
     cache_salt: str = ""  # calls with different salts share no KV
     priority: int = 0  # larger goes first, when the ordering asks
     deadline_s: float | None = None  # seconds from now after which the call ends unfinished
-    client_id: str = ""  # the X-Request-Id, for the log
+    client_id: str = ""  # the X-Request-Id of the response
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +115,12 @@ class Ended:
 
     usage: Usage
     reasoning_tokens: int = 0  # of the output
+
+
+def request_ids(call: Call) -> tuple[RequestId, ...]:
+    """What the service calls its choices, in order."""
+    many = call.choices * (1 if isinstance(call.asked, Chat) else len(call.asked))
+    return (call.id,) if many == 1 else tuple(f"{call.id}-{at}" for at in range(many))
 
 
 Event = Began | Piece | Ended
@@ -168,47 +172,3 @@ async def _pump(stream: AsyncIterator[T], ready: asyncio.Queue[T | BaseException
         ready.put_nowait(error)
     else:
         ready.put_nowait(None)
-
-
-def logged(handler: Handler) -> Handler:
-    """One line per call when it is over, whatever became of it. Prompts and answers are never in it."""
-
-    async def call_and_log(call: Call) -> AsyncIterator[Event]:
-        start_s = clock.now()
-        first_s: float | None = None
-        usage, outcome = Usage(0, 0, 0), "gone"
-        reasons: list[str] = []
-        try:
-            async with closing(handler(call)) as events:
-                async for event in events:
-                    if isinstance(event, Piece):
-                        first_s = clock.now() if first_s is None else first_s
-                        if event.finish is not None:
-                            reasons.append(event.finish)
-                    elif isinstance(event, Ended):
-                        usage, outcome = event.usage, "+".join(sorted(set(reasons)))
-                    yield event
-        except Refused as error:
-            outcome = f"refused-{error.status}"
-            raise
-        except Exception as error:
-            outcome = type(error).__name__
-            raise
-        finally:
-            _log(call, usage, outcome, None if first_s is None else first_s - start_s, clock.now() - start_s)
-
-    return call_and_log
-
-
-def _log(call: Call, usage: Usage, outcome: str, ttft_s: float | None, total_s: float) -> None:
-    LOG.info(
-        "%s%s prompt=%d cached=%d output=%d ttft=%s total=%.3fs finish=%s",
-        call.id,
-        f" client={call.client_id}" if call.client_id else "",
-        usage.prompt_tokens,
-        usage.cached_tokens,
-        usage.output_tokens,
-        "-" if ttft_s is None else f"{ttft_s:.3f}s",
-        total_s,
-        outcome,
-    )

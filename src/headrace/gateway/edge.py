@@ -41,7 +41,7 @@ class Context:
     max_choices: int
     embedding_model: str | None = None  # its name, if there is one
     stores: bool = False  # whether responses can be kept
-    client_id: str = ""  # X-Request-Id
+    client_id: str = ""  # the X-Request-Id of the response
     tenant: str = ""
 
     def of(self, asked: str | None) -> Context:
@@ -218,9 +218,9 @@ class Door:
             return
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
-        client_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else ""
+        client_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else f"req-{secrets.token_hex(12)}"
         scope.setdefault("state", {})["client_id"] = client_id
-        name = (client_id or f"req-{secrets.token_hex(12)}").encode()
+        name = client_id.encode()
         started = False
 
         async def named_send(message: Message) -> None:

@@ -5,7 +5,7 @@ pages. A further dialect is one file, and a line here.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -17,14 +17,16 @@ from headrace.core.config import GatewaySettings
 from headrace.core.ports import Embedder
 from headrace.gateway import openai, replies
 from headrace.gateway.card import Card
-from headrace.gateway.chain import Call, logged
+from headrace.gateway.chain import Call
 from headrace.gateway.dialects import anthropic, anthropic_reply, embeddings, ollama, ollama_pages, responses, tokens
 from headrace.gateway.dialects.ollama_reply import Error as OllamaError
 from headrace.gateway.dialects.ollama_reply import error_body as ollama_error
 from headrace.gateway.edge import Context, Dialect, Endpoint, whole
 from headrace.gateway.embedding import Embed, Embedded, Embedding, Words
 from headrace.gateway.errors import Refused, bad
+from headrace.gateway.explaining import Book
 from headrace.gateway.generation import Generation
+from headrace.gateway.lines import logged
 from headrace.gateway.models import Models, by_model
 from headrace.gateway.openapi import Answer, Operation
 from headrace.gateway.state.batches import ENDPOINTS
@@ -45,6 +47,7 @@ class Extras:
     words: Words | None = None  # the embedder's tokenizer
     database: Database | None = None
     cards: tuple[Card, ...] = ()  # of the models that do not write
+    book: Book = field(default_factory=Book)  # what became of the last requests
 
     def close(self) -> None:
         if self.words is not None:
@@ -106,7 +109,7 @@ class _Cards:
 
 
 def _handlers(models: Models, extras: Extras, cards: _Cards) -> Mapping[str, Callable[..., Any]]:
-    generate = logged(by_model(models, lambda model: Generation(model.service, model.text, model.checks)))
+    generate = logged(by_model(models, lambda model: Generation(model.service, model.text, model.checks)), extras.book)
     tokenize = by_model(models, lambda model: Tokenization(model.text))
     embed = _embedding(extras)
     memory = Responses(extras.database) if extras.database else None

@@ -24,7 +24,7 @@ from headrace.core.types import (
     Usage,
 )
 from headrace.gateway.bounds import MAX_TOKEN_ID
-from headrace.gateway.chain import Began, Call, Chat, Ended, Event, Piece, Tools, closing, merged
+from headrace.gateway.chain import Began, Call, Chat, Ended, Event, Piece, Tools, closing, merged, request_ids
 from headrace.gateway.checks import Checks
 from headrace.gateway.draft import Draft, Tally
 from headrace.gateway.errors import Refused, bad, internal
@@ -113,13 +113,11 @@ class Generation:
                 raise bad(f"Token id {token_id} is beyond the vocabulary of {capacity.vocab} tokens.")
         # a chain of JSON strings, so that no two different tuples give the same salt
         salt = json.dumps([call.model, None, call.tenant, call.cache_salt]).encode()
-        many = len(prompts) * call.choices > 1
-        requests: list[Request] = []
+        names, requests = request_ids(call), list[Request]()
         for prompt in prompts:
             block_keys = await self._block_keys(prompt, capacity.block_tokens, salt)
             for choice in range(call.choices):
-                request_id = f"{call.id}-{len(requests)}" if many else call.id
-                request = self._request(request_id, call, prompt, choice, block_keys, salt)
+                request = self._request(names[len(requests)], call, prompt, choice, block_keys, salt)
                 requests.append(replace(request, grammar=demand, thinking=thinking))
         if demand is not None:  # a complete answer ends, whatever the client says about end tokens
             ends = self.text.eos_token_ids

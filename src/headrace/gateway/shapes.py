@@ -189,3 +189,145 @@ class Index(Struct):
     name: str
     version: str
     paths: dict[str, str]
+
+
+class Who(Struct):
+    """Another request, as far as the caller may know of it."""
+
+    whose: Literal["own", "other"]  # of the same tenant, or of another
+    request_id: str | None  # null: nobody's business
+    tenant: str | None  # its name, for an admin
+    prompt_tokens: int | None
+
+
+class Blame(Struct):
+    other: Who
+    ms: float
+
+
+class ExplainedPhase(Struct):
+    """A stay in the queue, in prefill or in decoding, from `begin_ms` after the request came."""
+
+    kind: Literal["queue", "prefill", "decode"]
+    begin_ms: float
+    ms: float
+    steps: int
+    steps_with_prompts: int
+    prompts_ms: float  # in steps that computed prompts of others
+    other_tenants_prompts_ms: float  # of these, of other tenants
+    slowed_ms: float  # decoding: by which prompts of others made it longer
+    other_tenants_slowed_ms: float
+    places_ms: float  # queue: all places for running requests were taken
+    memory_ms: float  # queue: too little memory for KV was free
+    policy_ms: float  # queue: the admission policy held it back
+    causes: list[Blame]  # the worst first
+
+
+class ExplainedChunk(Struct):
+    """Tokens of the prompt that were computed in one step, or in neighbouring ones."""
+
+    step: int
+    steps: int
+    begin_ms: float
+    ms: float
+    tokens: int
+
+
+class ExplainedPreemption(Struct):
+    at_ms: float
+    reason: str
+    to: Who | None
+    lost_tokens: int
+
+
+RequestState = Literal["waiting", "prefilling", "decoding", "finished"]
+
+
+class ExplainedChoice(Struct):
+    """What became of one choice of a call, and why."""
+
+    id: str
+    state: RequestState
+    words: list[str]
+    prompt_tokens: int
+    cached_tokens: int
+    cache_miss: str
+    output_tokens: int
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    total_ms: float
+    ttft_ms: float | None
+    requests_ahead: int
+    preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
+    finish: str | None
+    phases: list[ExplainedPhase]
+    chunks: list[ExplainedChunk]
+    preempted: list[ExplainedPreemption]
+
+
+class Explained(Struct, kw_only=True):
+    """Where the time of a request went."""
+
+    id: str
+    object: Literal["request.explanation"] = "request.explanation"
+    request_id: str  # the x-request-id of its response
+    model: str
+    tenant: str | None
+    created: float  # when it came, in Unix time
+    state: RequestState
+    words: list[str]  # of its first choice, or why it was refused
+    before_ms: float  # in the gateway, before it was queued: the body, the template, tokens, a model that loads
+    total_ms: float  # in the whole server
+    refused: str | None  # an error that ended it before it was queued
+    choices: list[ExplainedChoice]
+
+
+class RequestRow(Struct, kw_only=True):
+    id: str
+    request_id: str
+    model: str
+    tenant: str | None
+    state: RequestState
+    created: float  # Unix time
+    choices: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    ttft_ms: float | None
+    total_ms: float
+    preemptions: int
+    finish: str | None
+    waits_for: str  # the main reason for its time in the queue, in a few words; may be empty
+
+
+class RequestRows(Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[RequestRow]  # live ones first, then finished ones, the last first
+    has_more: bool
+
+
+class StepRow(Struct, kw_only=True):
+    model: str
+    step: int
+    repetitions: int
+    ended: float  # Unix time
+    ms: float  # all repetitions
+    requests: int
+    tokens: int  # of one repetition
+    running: int
+    waiting: int
+    prompts: int  # requests beside those that only decode
+    used_blocks: int
+    total_blocks: int
+    held: Literal["", "places", "memory", "policy"]  # why the next one could not start
+
+
+class StepRows(Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[StepRow]  # the oldest first
