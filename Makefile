@@ -7,6 +7,7 @@
 # make clients   the official clients, each in an environment of its own, against a real server
 # make conformance  20,000 requests that schemathesis makes of /openapi.json, against a real server; some minutes
 # make reliability  what is promised of a server that stays up, measured: benchmarks/reliability; some minutes
+# make fuzz      50,000 mutants of model files: opened, or refused with the one error; some minutes
 # make check     ruff, mypy --strict, the rooms and the sizes
 PYTHON ?= python3
 PORT ?= 8000
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install native serve test test-slow accuracy peers clients conformance reliability check docs clean
+.PHONY: install native serve test test-slow accuracy peers clients conformance reliability fuzz check docs clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/installed
@@ -56,6 +57,9 @@ conformance: install
 
 reliability: install
 	@env PYTHONPATH=benchmarks $(BIN)/python -m reliability $(CHECKS)
+
+fuzz: install
+	@env OMP_NUM_THREADS=1 $(BIN)/python tests/device/fuzz_models.py
 
 check: install
 	@scripts/phase "ruff" $(BIN)/ruff check .

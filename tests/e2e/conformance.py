@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -36,6 +39,8 @@ from gateway_rig import BYTE_LEVEL, LEAK  # noqa: E402
 from tiny_chat import write  # noqa: E402
 
 FLAGS = ("--kv-memory", "64MiB", "--max-body", "1MiB")
+CONTEXT_TOKENS = 128  # an answer that nobody bounds is as long as this
+CHUNK = 100  # cases of one operation that hypothesis makes in one run
 CHECKED = ("status_code_conformance", "content_type_conformance", "response_schema_conformance")
 MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 LONGEST_S = 60
@@ -43,7 +48,7 @@ LONGEST_S = 60
 
 @dataclass(frozen=True)
 class Share:
-    """One worker's part: some cases of one operation."""
+    """Some cases of one operation, for one worker."""
 
     url: str
     label: str  # as schemathesis names an operation: POST /v1/completions
@@ -56,16 +61,19 @@ class Share:
 class Found:
     cases: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
+    answered: Counter[str] = field(default_factory=Counter)  # by operation: how often with 200
     wrong: dict[str, str] = field(default_factory=dict)  # by kind of failure: the first that was met
 
     def add(self, other: Found) -> None:
         self.cases += other.cases
         self.statuses += other.statuses
+        self.answered.update(other.answered)
         self.wrong = other.wrong | self.wrong
 
 
 def shares(url: str, cases: int, seed: int) -> list[Share]:
-    """Operations with a body get ten times the cases of those with only a path, half of them wrong; pages three."""
+    """Operations with a body get ten times the cases of those with only a path, half of them wrong; pages three. In
+    chunks, for hypothesis slows down the more it has made, and so that progress can be told."""
     document = requests.get(f"{url}/openapi.json", timeout=10).json()
     weights: dict[str, int] = {}
     found: list[Share] = []
@@ -80,10 +88,12 @@ def shares(url: str, cases: int, seed: int) -> list[Share]:
     for label, weight in weights.items():
         each = -(-left * weight // sum(weights.values()))
         wrong = each // 2 if weight > 1 else 0  # a path is never wrong: any text is one
-        found += [
-            Share(url, label, False, each - wrong, seed),
-            *([Share(url, label, True, wrong, seed)] if wrong else []),
-        ]
+        for negative, count in ((False, each - wrong), (True, wrong)):
+            found += [
+                Share(url, label, negative, min(CHUNK, count - begin), 1000 * seed + begin)
+                for begin in range(0, count, CHUNK)
+            ]
+    random.Random(seed).shuffle(found)
     return found
 
 
@@ -99,6 +109,7 @@ def play(share: Share) -> Found:
     method, path = share.label.split(" ", 1)
     operation = schema[path][method]
     session, found = requests.Session(), Found()
+    known = _known(share, session)
     events = _events(schema.raw_schema, share.label)
     quick = {"database": None, "deadline": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck)}
 
@@ -107,9 +118,12 @@ def play(share: Share) -> Found:
     def ask(case: Case) -> None:
         if found.cases == share.cases:
             return
+        if found.cases % 2:
+            _name_what_is_there(case, known)
         response = case.call(share.url, session=session, timeout=LONGEST_S)
         found.cases += 1
         found.statuses[response.status_code] += 1
+        found.answered[share.label] += response.status_code == 200
         for kind, why in _wrong(case, response, events):
             asked = json.dumps(case.as_curl_command())[:3000]
             found.wrong.setdefault(f"{share.label}: {kind}", f"{why[:1500]}\n{asked}\n{response.text[:500]}")
@@ -118,6 +132,31 @@ def play(share: Share) -> Found:
         if found.cases < share.cases:
             hypothesis.seed(share.seed + again)(ask)()
     return found
+
+
+def _known(share: Share, session: requests.Session) -> Mapping[str, str]:
+    """Something to ask for on pages about what is kept, where made up names would lead nowhere."""
+    known = {"model": "all-minilm-l6-v2" if "embed" in share.label else "tiny"}
+    if "{response_id}" in share.label:
+        kept = session.post(f"{share.url}/v1/responses", json={"input": "a", "max_output_tokens": 1}, timeout=60)
+        known["response_id"] = kept.json()["id"]
+    if "{file_id}" in share.label or "batches" in share.label:
+        asked = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 1}}
+        form = {"file": ("in.jsonl", json.dumps(asked))}
+        kept = session.post(f"{share.url}/v1/files", files=form, data={"purpose": "batch"}, timeout=60)
+        known |= dict.fromkeys(("file_id", "input_file_id"), kept.json()["id"])
+    if "{batch_id}" in share.label:
+        body = {"input_file_id": known["file_id"], "endpoint": "/v1/completions"}
+        known["batch_id"] = session.post(f"{share.url}/v1/batches", json=body, timeout=60).json()["id"]
+    return known
+
+
+def _name_what_is_there(case: Case, known: Mapping[str, str]) -> None:
+    for name in (case.path_parameters or {}).keys() & known.keys():
+        case.path_parameters[name] = known[name]
+    if isinstance(case.body, dict):
+        named = {name: known[name] for name in case.body.keys() & known.keys() if isinstance(case.body[name], str)}
+        case.body |= named | ({"endpoint": "/v1/completions"} if "input_file_id" in named else {})
 
 
 def _wrong(case: Case, response: Any, events: Any) -> Iterator[tuple[str, str]]:
@@ -152,41 +191,59 @@ def _events(document: Mapping[str, Any], label: str) -> Any:
 
 
 def all_shares(parts: Sequence[Share], workers: int) -> Found:
-    total = Found()
+    total, bar = Found(), Bar(sum(part.cases for part in parts))
     if workers == 1:
         for part in parts:
             total.add(play(part))
         return total
     with ProcessPoolExecutor(workers) as pool:
-        for found in pool.map(play, sorted(parts, key=lambda part: -part.cases)):
-            total.add(found)
+        for done in as_completed([pool.submit(play, part) for part in parts]):
+            total.add(done.result())
+            bar.show(total)
     return total
+
+
+@dataclass
+class Bar:
+    """How far it is, on stderr."""
+
+    cases: int
+    begin_s: float = field(default_factory=time.perf_counter)
+
+    def show(self, found: Found) -> None:
+        share, taken_s = found.cases / self.cases, time.perf_counter() - self.begin_s
+        full, left_s = round(30 * share), taken_s / share * (1 - share)
+        told = f"[{'#' * full}{'.' * (30 - full)}] {found.cases} of {self.cases}, {len(found.wrong)} kinds of failures"
+        begin, end = ("\r", "") if sys.stderr.isatty() else ("", "\n")
+        print(f"{begin}{told}, {left_s / 60:.1f} min left ", end=end, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def model() -> Iterator[Path]:
     """A folder with a model of noise that knows 330 tokens and chats, and room for a server's state."""
     with tempfile.TemporaryDirectory() as folder:
-        yield write(Path(folder) / "tiny", BYTE_LEVEL, context_tokens=256)
+        yield write(Path(folder) / "tiny", BYTE_LEVEL, context_tokens=CONTEXT_TOKENS)
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("cases", nargs="?", type=int, default=20_000)
-    options.add_argument("--workers", type=int, default=2)
+    options.add_argument("--workers", type=int, default=max(2, os.cpu_count() or 1))
     options.add_argument("--seed", type=int, default=1)
     args = options.parse_args()
     from server import serving
 
+    begin_s = time.perf_counter()
     with model() as folder, serving(str(folder), *FLAGS, "--state-dir", str(folder / "state")) as (url, _):
         found = all_shares(shares(url, args.cases, args.seed), args.workers)
         alive = requests.get(f"{url}/health/ready", timeout=10)
     for kind, why in sorted(found.wrong.items()):
         print(f"== {kind}\n{why}\n")
     by_status = ", ".join(f"{count} x {status}" for status, count in sorted(found.statuses.items()))
-    print(
-        f"{found.cases} cases, seed {args.seed}: {by_status}; {len(found.wrong)} kinds of failures; then {alive.text}"
-    )
+    print(f"{found.cases} cases, seed {args.seed}, in {time.perf_counter() - begin_s:.0f} s: {by_status}")
+    never = [label for label, count in found.answered.items() if not count]
+    print(f"operations that never answered with 200: {', '.join(never) or 'none'}")
+    print(f"{len(found.wrong)} kinds of failures; then {alive.text}")
     return int(bool(found.wrong) or found.cases < args.cases or alive.status_code != 200)
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
 from headrace.core.shape import ModelShape
-from headrace.core.types import HeadraceError
+from headrace.device.modelfile import BadModelFile
 from headrace.device.rope import Rope
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -84,7 +84,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """From the contents of `config.json`. Raises HeadraceError naming the field and what is supported.
+        """From the contents of `config.json`. Raises BadModelFile naming the field and what is supported.
 
         `headrace_norm_includes_one` says that stored Gemma norm weights have the 1 added already, as in GGUF files.
         """
@@ -169,7 +169,7 @@ class _Fields:
 
 
 def _refuse(name: str, value: object, wanted: str) -> NoReturn:
-    raise HeadraceError(f"The model config is wrong: {name} must be {wanted}, not {repr(value)[:80]}.")
+    raise BadModelFile(f"The model config is wrong: {name} must be {wanted}, not {repr(value)[:80]}.")
 
 
 def _text_fields(config: Mapping[str, Any]) -> tuple[str, _Fields]:
@@ -181,7 +181,7 @@ def _text_fields(config: Mapping[str, Any]) -> tuple[str, _Fields]:
             _refuse("text_config", inner, "a table")
         kind, config = "gemma3_text", inner
     if not isinstance(kind, str) or kind not in _DEFAULTS:
-        raise HeadraceError(f"Model type {repr(kind)[:80]} is not supported; supported: {', '.join(SUPPORTED)}.")
+        raise BadModelFile(f"Model type {repr(kind)[:80]} is not supported; supported: {', '.join(SUPPORTED)}.")
     return kind, _Fields(config, _DEFAULTS[kind])
 
 
@@ -191,14 +191,14 @@ def _refuse_unknown(kind: str, config: Mapping[str, Any], fields: _Fields) -> No
     if not isinstance(names, list | tuple):
         _refuse("architectures", names, "a list of names")
     if names and not any(str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in names):
-        raise HeadraceError(
+        raise BadModelFile(
             f"The checkpoint holds {repr(names)[:80]}, which does not generate text: use a *ForCausalLM."
         )
     for name in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
         if fields.get(name):
-            raise HeadraceError(f"The model config sets {name}, which is not supported.")
+            raise BadModelFile(f"The model config sets {name}, which is not supported.")
     if kind == "qwen3_moe" and (fields.get("mlp_only_layers") or fields.get("decoder_sparse_step") not in (None, 1)):
-        raise HeadraceError("Models that mix dense layers with mixture-of-experts layers are not supported.")
+        raise BadModelFile("Models that mix dense layers with mixture-of-experts layers are not supported.")
 
 
 def _shape(kind: str, fields: _Fields) -> ModelShape:
@@ -311,5 +311,5 @@ def _gemma_ropes(
 def _activation(fields: _Fields) -> Activation:
     name = fields.get("hidden_activation") or fields.get("hidden_act")
     if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise HeadraceError(f"Activation {repr(name)[:80]} is not supported; supported: {', '.join(_ACTIVATIONS)}.")
+        raise BadModelFile(f"Activation {repr(name)[:80]} is not supported; supported: {', '.join(_ACTIVATIONS)}.")
     return _ACTIVATIONS[name]

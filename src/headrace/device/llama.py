@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace.core.types import HeadraceError
 from headrace.device.architecture import Activation, LlamaConfig
+from headrace.device.modelfile import BadModelFile
 from headrace.device.rope import Rotary, Rotation
 
 __all__ = ["Attend", "Linear", "Llama", "LlamaConfig", "PackLinear"]
@@ -43,7 +43,7 @@ class Llama:
     ) -> None:
         """Loads tensor by tensor, so that one layer at most is held twice. `tensor` gives a weight by its Hugging
         Face name and raises for one it lacks. `padded` rounds a number of rows up to one that every `linear` computes
-        exactly; experts need it, for they see a part of the step. Raises HeadraceError for a wrong shape."""
+        exactly; experts need it, for they see a part of the step. Raises BadModelFile for a wrong shape."""
         self.config = config
         weights = _Weights(config, tensor, linear, dtype, device, padded)
         shape = config.shape
@@ -264,7 +264,7 @@ class _Weights:
         """A tensor on the device, in the type of the model unless another is given."""
         found = self._tensor(name)
         if found.shape != shape:
-            raise HeadraceError(f"Tensor {name} has shape {[*found.shape]}, but the model config says {[*shape]}.")
+            raise BadModelFile(f"Tensor {name} has shape {[*found.shape]}, but the model config says {[*shape]}.")
         return found.to(self._device, dtype or self._dtype)
 
     def stacked(self, outs: dict[str, int], width: int, bias: bool) -> Linear:

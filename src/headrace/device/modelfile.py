@@ -7,6 +7,7 @@ exception, and no size it declares is believed before it is compared with the si
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def read_text(path: Path, limit_bytes: int = MAX_JSON_BYTES) -> str:
         if not path.is_file():
             raise BadModelFile(f"{path} is missing or not a regular file")
         with path.open("rb") as file:
-            data = file.read(limit_bytes + 1)
+            size_bytes = os.fstat(file.fileno()).st_size
+            data = file.read(min(size_bytes, limit_bytes) + 1)  # a buffer of the file's size, not of the limit's
     except OSError as error:
         raise BadModelFile(f"cannot read {path}: {error.strerror}") from error
     if len(data) > limit_bytes:

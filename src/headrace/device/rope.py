@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.core.types import HeadraceError
+from headrace.device.modelfile import BadModelFile
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "factors")
 
@@ -43,16 +43,16 @@ class Rope:
     @classmethod
     def from_hf(cls, params: Mapping[str, Any], theta: float, head_dim: int, max_positions: int) -> Rope:
         """From `rope_parameters` (or the older `rope_scaling`) of a Hugging Face config; `theta` is for when they
-        have none, `max_positions` the context of the config. Raises HeadraceError for what cannot be done."""
+        have none, `max_positions` the context of the config. Raises BadModelFile for what cannot be done."""
         kind = params.get("rope_type") or params.get("type") or "default"
         if kind not in KINDS:
-            raise HeadraceError(f"RoPE type {kind!r} is not supported; supported: {', '.join(KINDS)}.")
+            raise BadModelFile(f"RoPE type {kind!r} is not supported; supported: {', '.join(KINDS)}.")
         if params.get("partial_rotary_factor") not in (None, 1):
-            raise HeadraceError("A partial_rotary_factor is not supported: the whole head must be rotated.")
+            raise BadModelFile("A partial_rotary_factor is not supported: the whole head must be rotated.")
         number = _Numbers(params)
         plain = cls(head_dim, number("rope_theta", theta), max_positions, kind)
         if head_dim % 2 or plain.theta <= 1 or (kind == "dynamic" and head_dim < 4):
-            raise HeadraceError(f"RoPE needs an even head_dim and rope_theta > 1, not {head_dim} and {plain.theta}.")
+            raise BadModelFile(f"RoPE needs an even head_dim and rope_theta > 1, not {head_dim} and {plain.theta}.")
         match kind:
             case "default":
                 return plain
@@ -62,7 +62,7 @@ class Rope:
                 return replace(plain, divisors=_divisors(params.get("factors"), head_dim // 2))
         original = int(number("original_max_position_embeddings", max_positions))
         if not 2 <= original <= 2**24:
-            raise HeadraceError(f"original_max_position_embeddings must be from 2 to 2^24, not {original}.")
+            raise BadModelFile(f"original_max_position_embeddings must be from 2 to 2^24, not {original}.")
         plain = replace(plain, original_tokens=original)
         return _with_llama3(plain, number) if kind == "llama3" else _with_yarn(plain, number, max_positions / original)
 
@@ -134,13 +134,13 @@ class _Numbers:
         value = self.params.get(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e15:
-            raise HeadraceError(f"RoPE parameter {name} must be a positive number, not {value!r}.")
+            raise BadModelFile(f"RoPE parameter {name} must be a positive number, not {value!r}.")
         return float(value)
 
 
 def _divisors(given: object, pairs: int) -> tuple[float, ...]:
     if not isinstance(given, list | tuple) or len(given) != pairs:
-        raise HeadraceError(f"RoPE factors must be a list of {pairs} positive numbers.")
+        raise BadModelFile(f"RoPE factors must be a list of {pairs} positive numbers.")
     each = [_Numbers({"factors": value})("factors") for value in given]
     return tuple(each)
 
@@ -148,7 +148,7 @@ def _divisors(given: object, pairs: int) -> tuple[float, ...]:
 def _with_llama3(rope: Rope, number: _Numbers) -> Rope:
     low, high = number("low_freq_factor"), number("high_freq_factor")
     if low >= high:
-        raise HeadraceError(f"RoPE needs low_freq_factor below high_freq_factor, not {low} and {high}.")
+        raise BadModelFile(f"RoPE needs low_freq_factor below high_freq_factor, not {low} and {high}.")
     return replace(rope, factor=number("factor"), low_freq_factor=low, high_freq_factor=high)
 
 

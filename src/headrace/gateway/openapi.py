@@ -16,6 +16,7 @@ from headrace.gateway.bounds import Body
 
 _REF = "#/components/schemas/{name}"
 _JSON = "application/json"
+_FORM = "multipart/form-data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Operation:
     events: Any = None  # the type of one event's data, where the answer may be a stream
     stream_media: str = "text/event-stream"  # how that stream is written
     parameters: Mapping[str, str] = field(default_factory=dict)  # of the path, and what they are
+    form: Any = None  # instead of a body: a struct of the fields of a form, in which a file is binary text
+    query: Any = None  # a struct of what may follow the question mark
 
     @property
     def plain_path(self) -> str:
@@ -51,11 +54,16 @@ def document(operations: Sequence[Operation], title: str, version: str) -> dict[
     kinds = [kind for operation in operations for kind in _kinds(operation)]
     schemas, components = msgspec.json.schema_components(kinds, ref_template=_REF)
     by_kind = dict(zip(map(_key, kinds), schemas, strict=True))
+    queries = {_name(by_kind[_key(one.query)]) for one in operations if one.query is not None}
+    asked = {name: components.pop(name)["properties"] for name in queries}
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         if operation.body is not None:
             _close(components[_name(by_kind[_key(operation.body.kind)])], operation.body)
-        paths.setdefault(operation.plain_path, {})[operation.method.lower()] = _operation(operation, by_kind)
+        described = _operation(operation, by_kind)
+        if operation.query is not None:
+            described.setdefault("parameters", []).extend(_in_query(asked[_name(by_kind[_key(operation.query)])]))
+        paths.setdefault(operation.plain_path, {})[operation.method.lower()] = described
     info = {"title": title, "version": version, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": components}}
 
@@ -63,6 +71,7 @@ def document(operations: Sequence[Operation], title: str, version: str) -> dict[
 def _kinds(operation: Operation) -> Iterable[Any]:
     if operation.body is not None:
         yield operation.body.kind
+    yield from (kind for kind in (operation.form, operation.query) if kind is not None)
     yield operation.error
     yield from (answer.kind for answer in operation.answers.values() if answer.kind is not None)
     if operation.events is not None:
@@ -82,6 +91,8 @@ def _operation(operation: Operation, by_kind: Mapping[str, Any]) -> dict[str, An
     described: dict[str, Any] = {"summary": operation.summary, "responses": {**answers, "default": wrong}}
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": _content(operation.body.kind, by_kind)}
+    if operation.form is not None:
+        described["requestBody"] = {"required": True, "content": _content(operation.form, by_kind, _FORM)}
     if operation.parameters:
         text = {"type": "string", "minLength": 1}
         described["parameters"] = [
@@ -96,8 +107,14 @@ def _answer(answer: Answer, by_kind: Mapping[str, Any]) -> dict[str, Any]:
     return {"description": answer.says, "content": {answer.media: {"schema": schema}}}
 
 
-def _content(kind: Any, by_kind: Mapping[str, Any]) -> dict[str, Any]:
-    return {_JSON: {"schema": by_kind[_key(kind)]}}
+def _content(kind: Any, by_kind: Mapping[str, Any], media: str = _JSON) -> dict[str, Any]:
+    return {media: {"schema": by_kind[_key(kind)]}}
+
+
+def _in_query(fields: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+    for name, schema in fields.items():
+        plain = {key: value for key, value in schema.items() if key != "default"}
+        yield {"name": name, "in": "query", "required": False, "schema": plain}
 
 
 def _name(reference: Mapping[str, Any]) -> str:
@@ -121,10 +138,7 @@ def _close(schema: dict[str, Any], body: Body[Any]) -> None:
 
 def table(body: Body[Any]) -> list[str]:
     """A Markdown table of the fields that a body serves, and lines about the others."""
-    schema = msgspec.json.schema(body.kind, ref_template="{name}")
-    fields = schema["$defs"][body.kind.__name__]["properties"]
-    rows = [f"| `{name}` | {accepts(fields[name], schema['$defs'])} |" for name in fields]
-    lines = ["| field | accepts |", "|---|---|", *rows, ""]
+    lines = form_table(body.kind)
     for names, what in (
         (body.ignored, "Accepted without effect"),
         (body.refused, "Refused, unless they ask for nothing"),
@@ -132,6 +146,14 @@ def table(body: Body[Any]) -> list[str]:
         if names:
             lines += [f"{what}: " + ", ".join(f"`{name}`" for name in sorted(names)) + ".", ""]
     return lines
+
+
+def form_table(kind: Any) -> list[str]:
+    """A Markdown table of the fields of a struct."""
+    schema = msgspec.json.schema(kind, ref_template="{name}")
+    fields = schema["$defs"][kind.__name__]["properties"]
+    rows = [f"| `{name}` | {accepts(fields[name], schema['$defs'])} |" for name in fields]
+    return ["| field | accepts |", "|---|---|", *rows, ""]
 
 
 _SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

@@ -57,7 +57,7 @@ def library() -> ctypes.CDLL | None:
         if path.suffix in (".so", ".dylib", ".pyd"):
             try:
                 return _declared(ctypes.CDLL(str(path)))
-            except OSError:  # built for another machine
+            except (OSError, AttributeError):  # built for another machine, or from older sources
                 continue
     return None
 

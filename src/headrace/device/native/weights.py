@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from headrace.core.shape import BF16, FP32, Q4, Q8, WeightFormat
-from headrace.core.types import HeadraceError
 from headrace.device.checkpoint import GGUFTensors, Tensors
 from headrace.device.llama import LlamaConfig
+from headrace.device.modelfile import BadModelFile
 from headrace.device.native import library as native
 
 FORMATS: tuple[WeightFormat, ...] = (FP32, BF16, Q8, Q4)  # by their number in layout.h
@@ -65,7 +65,7 @@ class Packer:
     def matrix(self, name: str, outputs: int, inputs: int, bias: bool = False) -> native.Matrix:
         if self.tensors.shape(f"{name}.weight") != (outputs, inputs):
             stored = [*self.tensors.shape(f"{name}.weight")]
-            raise HeadraceError(
+            raise BadModelFile(
                 f"Tensor {name}.weight has shape {stored}, but the model config says {[outputs, inputs]}."
             )
         kept = self._kept(name)
@@ -88,7 +88,7 @@ class Packer:
         """A norm's or a bias's address, in float32."""
         tensor = self.tensors.tensor(name).float() + add
         if tensor.shape != (count,):
-            raise HeadraceError(f"Tensor {name} has shape {[*tensor.shape]}, but the model config says {[count]}.")
+            raise BadModelFile(f"Tensor {name} has shape {[*tensor.shape]}, but the model config says {[count]}.")
         return self.keep(tensor)
 
     def keep(self, tensor: Tensor) -> int:
@@ -115,7 +115,7 @@ class Packer:
 
 
 def pack(config: LlamaConfig, packer: Packer) -> native.Config:
-    """All of a model, as the kernels want it; `packer` keeps the memory. Raises HeadraceError for a wrong shape."""
+    """All of a model, as the kernels want it; `packer` keeps the memory. Raises BadModelFile for a wrong shape."""
     shape, add = config.shape, 1.0 if config.norm_adds_one else 0.0
     ropes = list(dict.fromkeys(rope for rope in config.ropes if rope is not None))
     layers = (native.Layer * shape.layers)(*[native.Layer() for _ in range(shape.layers)])
@@ -158,5 +158,5 @@ def _pack_layer(config: LlamaConfig, packer: Packer, layer: native.Layer, at: st
         q, k = (packer.tensors.tensor(f"{attention}{name}_norm.weight").float() + add for name in "qk")
         spread = torch.cat((q.expand(shape.heads, -1), k.expand(shape.kv_heads, -1)))
         if spread.shape[1] != shape.head_dim:
-            raise HeadraceError(f"The norms of the heads at {at} have {spread.shape[1]} weights, not {shape.head_dim}.")
+            raise BadModelFile(f"The norms of the heads at {at} have {spread.shape[1]} weights, not {shape.head_dim}.")
         layer.head_norms = packer.keep(spread)

@@ -63,6 +63,33 @@ class BatchRequest(Struct, kw_only=True):
 BATCH = Body(BatchRequest, frozenset(), {})
 
 
+class Upload(
+    Struct, kw_only=True, forbid_unknown_fields=True,
+    rename={"anchor": "expires_after[anchor]", "seconds": "expires_after[seconds]"},
+):  # fmt: skip
+    """The fields of an upload's form, for the published document; `Pages.upload` enforces them."""
+
+    file: Annotated[str, Meta(description="with a file name", extra_json_schema={"format": "binary"})]
+    purpose: Literal[files.PURPOSES]  # type: ignore[valid-type]
+    anchor: Literal["created_at"] = "created_at"
+    seconds: Annotated[int, Meta(ge=_HOUR_S, le=_MONTH_S)] | None = None
+
+
+class Asked(Struct, kw_only=True):
+    """What may follow the question mark of a list, for the published document; `_page` enforces it."""
+
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    after: Annotated[str, Meta(max_length=256)] = ""
+    order: Literal["asc", "desc"] = "desc"
+
+
+class AskedOfFiles(Struct, kw_only=True):
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
+    after: Annotated[str, Meta(max_length=256)] = ""
+    order: Literal["asc", "desc"] = "desc"
+    purpose: str = ""
+
+
 class Pages:
     """Handlers of requests. `wake` tells whoever runs batches that there is something new."""
 
@@ -196,8 +223,8 @@ class Pages:
         file, batch, response = {"file_id": "its id"}, {"batch_id": "its id"}, {"response_id": "its id"}
         bytes_ = {200: Answer(media="application/octet-stream", says="the bytes that were uploaded, or lines of JSON")}
         return [
-            (_operation("POST", "/v1/files", "Keep a file: a form with file and purpose", FileShown), self.upload),
-            (_operation("GET", "/v1/files", "The files that are kept", FileList), self.list_files),
+            (_operation("POST", "/v1/files", "Keep a file", FileShown, form=Upload), self.upload),
+            (_operation("GET", "/v1/files", "The files that are kept", FileList, query=AskedOfFiles), self.list_files),
             (_operation("GET", "/v1/files/{file_id}", "One of them", FileShown, parameters=file), self.get_file),
             (_operation("DELETE", "/v1/files/{file_id}", "Delete it", Deleted, parameters=file), self.delete_file),
             (
@@ -205,7 +232,7 @@ class Pages:
                 self.file_content,
             ),
             (_operation("POST", "/v1/batches", "Answer a file of requests", BatchShown, body=BATCH), self.create_batch),
-            (_operation("GET", "/v1/batches", "The batches", BatchList), self.list_batches),
+            (_operation("GET", "/v1/batches", "The batches", BatchList, query=Asked), self.list_batches),
             (_operation("GET", "/v1/batches/{batch_id}", "One of them", BatchShown, parameters=batch), self.get_batch),
             (
                 _operation("POST", "/v1/batches/{batch_id}/cancel", "End it early", BatchShown, parameters=batch),
@@ -238,7 +265,9 @@ def _shown(connection: sqlite3.Connection, batch: Batch) -> BatchShown:
 
 def _keep_s(form: Mapping[str, multipart.Part]) -> int | None:
     """How long to keep an uploaded file; None: until it is deleted."""
-    part = form.get("expires_after[seconds]")
+    part, anchor = form.get("expires_after[seconds]"), form.get("expires_after[anchor]")
+    if anchor is not None and anchor.text("expires_after") != "created_at":
+        raise bad("expires_after: the anchor is created_at.", "expires_after")
     if part is None:
         return None
     text = part.text("expires_after")
