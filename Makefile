@@ -58,6 +58,7 @@ conformance: install
 reliability: install
 	@env PYTHONPATH=benchmarks $(BIN)/python -m reliability $(CHECKS)
 
+
 fuzz: install
 	@env OMP_NUM_THREADS=1 $(BIN)/python tests/device/fuzz_models.py
 
