@@ -19,7 +19,7 @@ from headrace.core import clock
 from headrace.core.config import Bytes, GatewaySettings
 from headrace.core.events import Admitted, Arrived, Drew, Finished
 from headrace.core.metrics import Metrics
-from headrace.core.types import FinishReason, Usage
+from headrace.core.types import FinishReason, Overloaded, Usage
 from headrace.gateway import bounds, openai
 from headrace.gateway.app import build
 
@@ -126,6 +126,33 @@ def test_one_log_line_per_call_and_no_prompt_in_it(caplog: pytest.LogCaptureFixt
     assert len(lines) == 1 and "secret" not in caplog.text and ANSWER[:10] not in caplog.text
     pattern = r"chatcmpl-\w+ request=mine prompt=\d+ cached=3 output=6 ttft=\d\.\d+s total=\d\.\d+s finish=length"
     assert re.fullmatch(pattern, lines[0])
+
+
+def test_one_line_for_whoever_is_refused_before_there_is_a_call(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "headrace.gateway")
+    asked = [(CHAT, b"{", 400), ("/nothing", b"", 404), ("/v1/models", b"", 405), (CHAT, chat(model="gone"), 404)]
+    for path, body, status in asked:
+        caplog.clear()
+        got, headers, _ = run(ask(APP, path + "?key=sk-secret", body, headers={"x-request-id": "mine"}))
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert got == status and re.fullmatch(
+            rf"mine POST {path} status={status} total=.* finish=refused-{status}.*", line
+        )
+        assert "total;dur=" in headers["server-timing"] and "sk-secret" not in line
+    caplog.clear()
+    run(ask(APP, "/health/live", method="GET"))
+    assert not caplog.records, "probes ask every few seconds"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refused_call_has_one_line_too(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "headrace.gateway")
+    app = app_of(RoteService(refuse=Overloaded("the queue is full", 3.0)))
+    status, headers, _ = run(ask(app, CHAT, chat(stream=stream)))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert status == 429 and "finish=Overloaded" in line and headers["retry-after"] == "3"
+    status, _, body = run(ask(app, f"/v1/requests/{headers['x-request-id']}/explain?format=text", method="GET"))
+    assert status == 200 and b"It was refused before it was queued: Overloaded: the queue is full." in body
 
 
 def test_an_unexpected_error_leaves_its_stack_in_the_log_only(caplog: pytest.LogCaptureFixture) -> None:

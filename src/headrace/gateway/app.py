@@ -67,7 +67,7 @@ def application(models: Models, settings: GatewaySettings, extras: Extras | None
             LOG.warning("%s: %s; /v1/chat/completions will refuse", model.name, model.text.why_no_chat)
     app = Starlette(
         routes=_routes(_described(served)),
-        middleware=[Middleware(Door, hosts=allowed_hosts(settings.host), error_body=error_body)],
+        middleware=[Middleware(Door, hosts=allowed_hosts(settings.host), error_body=error_body, book=extras.book)],
         exception_handlers={HTTPException: _route_error},
         lifespan=_living(endpoints, models, settings, extras),
     )

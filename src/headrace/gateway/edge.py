@@ -17,9 +17,12 @@ from typing import Generic, Protocol, TypeVar
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from headrace.core import clock
 from headrace.gateway import bounds
 from headrace.gateway.chain import closing
 from headrace.gateway.errors import Refused, bad, refused
+from headrace.gateway.explaining import Book
+from headrace.gateway.lines import server_timing, visited
 from headrace.gateway.models import Model, Models
 from headrace.gateway.openapi import Operation
 from headrace.gateway.text import Text
@@ -101,6 +104,7 @@ class Endpoint(Generic[Q, E]):
             await unless_gone(receive, self._answer(call, reply, send))
         except Exception as error:
             refusal = refused(error)
+            scope["state"]["refused"] = refusal.code
             await respond(send, refusal.status, self.dialect.error_body(refusal), refusal.headers)
 
     async def _answer(self, call: Q, reply: Reply[E], send: Send) -> None:
@@ -211,6 +215,7 @@ class Door:
     app: ASGIApp
     hosts: frozenset[str]  # names a browser may know us by; empty: any
     error_body: Callable[[str, Refused], bytes]  # of a path, in the dialect that is spoken there
+    book: Book  # what is known of the calls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -220,14 +225,15 @@ class Door:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         client_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else f"req-{secrets.token_hex(12)}"
         scope.setdefault("state", {})["client_id"] = client_id
-        name = client_id.encode()
-        started = False
+        name, began_s = client_id.encode(), clock.now()
+        status: int | None = None
 
         async def named_send(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", name)]
+                status = message["status"]
+                timing = server_timing(self.book, scope, began_s)
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", name), (b"server-timing", timing)]
             await send(message)
 
         try:
@@ -236,9 +242,12 @@ class Door:
             await self.app(scope, receive, named_send)
         except Exception as error:
             refusal = refused(error)
-            if started:
+            if status is not None:
                 raise  # the server closes a connection whose answer broke off
+            scope["state"]["refused"] = refusal.code
             await respond(named_send, refusal.status, self.error_body(scope["path"], refusal), refusal.headers)
+        finally:
+            visited(self.book, scope, began_s, status)
 
     def _check_host(self, host: bytes | None) -> None:
         """A web page that resolves its own name to loopback (DNS rebinding) still sends that name."""

@@ -42,8 +42,9 @@ class Note:
     model: str
     choices: tuple[RequestId, ...]
     began_s: float
+    first_s: float | None = None  # when its first token was there
     end_s: float | None = None
-    refused: str | None = None
+    refused: str | None = None  # why it ended before it was queued, or without an answer
 
 
 @dataclass(slots=True)
@@ -73,6 +74,11 @@ class Book:
         if note is None and viewer.admin:
             note = next((one for one in reversed(self._notes.values()) if name in (one.request_id, *one.choices)), None)
         return note if note is not None and viewer.may_see(note.tenant) else None
+
+    def latest(self, tenant: str, request_id: str) -> Note | None:
+        """The last call under this x-request-id."""
+        call_id = self._names.get((tenant, request_id))
+        return None if call_id is None else self._notes[call_id]
 
     def notes(self, viewer: Viewer) -> Iterator[Note]:
         """Live ones, the first first, and then finished ones, the last first."""
@@ -213,7 +219,7 @@ def _explained(book: Book, note: Note, viewer: Viewer, now: float) -> shapes.Exp
     if choices:
         said = words.tell(choices[0])
     elif note.refused is not None:
-        said = [f"It was refused before it was queued: {note.refused}."]
+        said = [f"It was refused before it was queued: {note.refused.rstrip('.')}."]
     else:
         said = ["It has not been queued yet." if note.end_s is None else "It ended before it was queued."]
     return shapes.Explained(
