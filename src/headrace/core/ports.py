@@ -67,6 +67,7 @@ class Status:
     steps: int
     last_progress_s: float  # clock time of the last finished step, or of start
     error: str | None = None  # with "failed"
+    cached_blocks: int = 0  # used by nobody, with KV worth finding
 
 
 class Service(Protocol):

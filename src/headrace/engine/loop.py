@@ -87,6 +87,7 @@ class Engine:
             steps=scheduler.steps,
             last_progress_s=clock.now() if self._last_progress_s is None else self._last_progress_s,
             error=self._error,
+            cached_blocks=scheduler.cached_blocks,
         )
 
     @property

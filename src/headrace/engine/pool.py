@@ -34,6 +34,11 @@ class Pool:
     def used(self) -> int:
         return self.blocks - self.free
 
+    @property
+    def cached(self) -> int:
+        """Held by nobody, with content worth finding."""
+        return len(self._cached)
+
     def held(self, block: Block) -> bool:
         return self._references[block] > 0
 

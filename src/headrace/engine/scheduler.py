@@ -125,6 +125,11 @@ class Scheduler:
         """Held by some request; cached blocks that nobody holds count as free."""
         return self._memory.pool.used
 
+    @property
+    def cached_blocks(self) -> int:
+        """Held by no request, and not forgotten."""
+        return self._memory.pool.cached
+
     def add(self, request: Request, now: float) -> None:
         """Take a request. Raises InvalidRequest if it can never be served, Overloaded if the queue is full."""
         try:

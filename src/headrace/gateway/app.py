@@ -61,7 +61,7 @@ def application(models: Models, settings: GatewaySettings, extras: Extras | None
     endpoints = Endpoints(models, settings, extras)
     served: list[Served] = list(endpoints.served())
     served += _pages(models, extras, Exposition(models, settings.metrics_prefix))
-    served += explaining(extras.book)
+    served += explaining(extras.book, models)
     for model in models:
         if not model.text.has_chat:
             LOG.warning("%s: %s; /v1/chat/completions will refuse", model.name, model.text.why_no_chat)

@@ -26,6 +26,7 @@ from headrace.core.explain.told import Explanation, Other, Phase, Times, Viewer
 from headrace.core.types import RequestId
 from headrace.gateway import shapes
 from headrace.gateway.errors import Refused, bad
+from headrace.gateway.models import Model, Models
 from headrace.gateway.openapi import Answer, Operation
 
 _MOST_ROWS = 500
@@ -107,9 +108,9 @@ class Book:
                 del self._names[note.tenant, name]
 
 
-def served(book: Book) -> list[tuple[Operation, Any]]:
+def served(book: Book, models: Models) -> list[tuple[Operation, Any]]:
     """The three operations, and who answers them."""
-    pages = Pages(book)
+    pages = Pages(book, models)
     explained = {200: Answer(shapes.Explained, says="the explanation, or its words alone with ?format=text")}
     one = {"id": "the id in the body, the x-request-id of the response, or the id of a choice"}
     why = Operation(
@@ -128,6 +129,7 @@ class Pages:
     """Who answers the three paths."""
 
     book: Book
+    models: Models
 
     async def explain(self, request: Request) -> Response:
         viewer, name = viewer_of(request), request.path_params["id"]
@@ -159,7 +161,9 @@ class Pages:
         most = _limit(request, 300, 300)
         since_s = clock.wall() - clock.now()
         beats = self.book.explanations.steps()[-most:]
-        return _json(shapes.StepRows(data=[_beat(beat, since_s) for beat in beats]))
+        memory = [_memory(model) for model in self.models]
+        rows = [_beat(beat, since_s) for beat in beats]
+        return _json(shapes.StepRows(now=round(clock.wall(), 4), memory=memory, data=rows))
 
 
 def viewer_of(request: Request) -> Viewer:
@@ -319,6 +323,12 @@ def _beat(beat: Beat, since_s: float) -> shapes.StepRow:
         total_blocks=beat.total_blocks,
         held=beat.held,  # type: ignore[arg-type]
     )
+
+
+def _memory(model: Model) -> shapes.KvMemory:
+    now = model.service.status()
+    capacity = now.capacity
+    return shapes.KvMemory(model.name, capacity.block_tokens, capacity.blocks, now.used_blocks, now.cached_blocks)
 
 
 def _ms(seconds: float) -> float:

@@ -328,6 +328,18 @@ class StepRow(Struct, kw_only=True):
     held: Literal["", "places", "memory", "policy"]  # why the next one could not start
 
 
+class KvMemory(Struct):
+    """The KV blocks of one model."""
+
+    model: str
+    block_tokens: int
+    total_blocks: int
+    used_blocks: int
+    cached_blocks: int  # used by nobody, with KV worth finding; the rest is free
+
+
 class StepRows(Struct, kw_only=True):
     object: Literal["list"] = "list"
+    now: float  # Unix time
+    memory: list[KvMemory]
     data: list[StepRow]  # the oldest first

@@ -23,6 +23,7 @@ function refused(error) {
 function keyDialog() {
   const door = byId("door");
   byId("open-key").addEventListener("click", () => door.showModal());
+  byId("no-key").addEventListener("click", () => door.close());
   byId("use-key").addEventListener("click", () => {
     key.set(byId("key").value.trim());
     byId("key").value = "";
