@@ -45,7 +45,7 @@ def form(content: bytes, purpose: str = "batch", name: str = "in.jsonl") -> tupl
 async def create(database: Database, content: bytes) -> batches.Batch:
     def work(connection: Any) -> batches.Batch:
         file = files.add(connection, "", "batch", "in", content, 1, None)
-        return batches.create(connection, "", URL, file.id, None, None, 2_000_000_000)
+        return batches.create(connection, batches.Sender(""), URL, file.id, None, None, 2_000_000_000)
 
     return await database.write(work)
 

@@ -12,10 +12,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import headrace
-from headrace.cli import bench, calibrate, chat, models, plan, pull, replay, reproduce, serve, simulate, top, tune
+from headrace.cli import (
+    bench,
+    calibrate,
+    chat,
+    keys,
+    models,
+    plan,
+    pull,
+    replay,
+    reproduce,
+    serve,
+    simulate,
+    top,
+    tune,
+)
 from headrace.core.types import HeadraceError
 
-COMMANDS = (serve, chat, top, bench, simulate, plan, tune, calibrate, replay, reproduce, pull, models)
+COMMANDS = (serve, keys, chat, top, bench, simulate, plan, tune, calibrate, replay, reproduce, pull, models)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

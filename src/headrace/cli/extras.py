@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from headrace.gateway.card import Card
     from headrace.gateway.embedding import Words
     from headrace.gateway.endpoints import Extras
+    from headrace.gateway.keys import Guard
     from headrace.gateway.models import Model
     from headrace.gateway.state.database import Database
 
@@ -31,7 +32,7 @@ class Beside:
     batcher: Batcher | None  # somebody has to run it
 
 
-def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases) -> Beside:
+def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases, guard: Guard) -> Beside:
     """Raises BadState or BadModelFile if what the user named cannot be used; a default that is not here is left out."""
     from headrace.gateway.endpoints import Extras
     from headrace.gateway.explaining import Book
@@ -41,7 +42,7 @@ def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases) 
     database = open_database(assembled.name, settings)
     phase.done()
     book = Book(assembled.explanations, settings.explained)
-    return Beside(Extras(batcher, words, database, cards, book), batcher)
+    return Beside(Extras(batcher, words, database, cards, book, guard), batcher)
 
 
 def model_of(assembled: Assembled, service: Service, settings: GatewaySettings) -> Model:

@@ -16,9 +16,10 @@ from typing import Any
 
 from headrace.cli.assemble import Assembled, Phases, add_model, assemble, summary
 from headrace.cli.extras import Beside, model_of, open_beside
+from headrace.cli.keys import file_of, guard_of
 from headrace.cli.recordings import Recordings
 from headrace.core import clock, config
-from headrace.core.config import GatewaySettings
+from headrace.core.config import GatewaySettings, KeySettings
 
 _HELLO = """
 Listening on {url} (stop with Ctrl-C). Try:
@@ -42,6 +43,7 @@ def add(commands: Any) -> None:
     )
     add_model(parser)
     config.add_flags(parser, GatewaySettings)
+    config.add_flags(parser, KeySettings)
     parser.set_defaults(run=run)
 
 
@@ -51,12 +53,13 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     toml = config.read_toml(args.config)
     settings = config.load(GatewaySettings, args, toml)
-    check(settings)  # before minutes of loading, not after
+    guard = guard_of(file_of(args, toml))
+    check(settings, guard.asks)  # before minutes of loading, not after
     phase = Phases()
     print(f"headrace serve {args.model}", file=sys.stderr)
     with Recordings(settings.record, settings.record_plans) as recordings:
         assembled = assemble(args, toml, phase, settings.served_name, recordings.watched, settings)
-        beside = open_beside(assembled, settings, phase)
+        beside = open_beside(assembled, settings, phase, guard)
         print(summary(assembled, phase), file=sys.stderr)
         return clock.run(_serve(assembled, beside, settings, recordings))
 
@@ -77,7 +80,7 @@ async def _serve(assembled: Assembled, beside: Beside, settings: GatewaySettings
     if beside.batcher is not None:
         running.append(asyncio.create_task(beside.batcher.run()))
     try:
-        await serve(app, service, settings, ready)
+        await serve(app, service, settings, ready, beside.extras.guard.asks)
     finally:
         for task in running:
             task.cancel()

@@ -190,6 +190,13 @@ class GatewaySettings:
     metrics_prefix: str = setting("headrace:", "what metric names begin with; vllm: for dashboards that ask for that")
 
 
+@dataclass(frozen=True, slots=True)
+class KeySettings:
+    """Who may use the server."""
+
+    keys_file: Path | None = setting(None, "the keys; by default keys.sqlite3 beside the pulled models")
+
+
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """Give `parser` one flag per setting. A flag that is not given stays None, so that weaker sources may speak."""
     group = parser.add_argument_group(_section(settings), description=settings.__doc__)
@@ -249,6 +256,11 @@ def home() -> Path:
     if path := os.environ.get("HEADRACE_HOME"):
         return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
+
+
+def api_key() -> str | None:
+    """A key in the environment, where no list of processes shows it: what a client sends, or a server asks for."""
+    return os.environ.get("HEADRACE_API_KEY") or None
 
 
 def _section(settings: type) -> str:

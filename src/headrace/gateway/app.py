@@ -26,12 +26,14 @@ from headrace.core.config import GatewaySettings
 from headrace.core.metrics import Metrics
 from headrace.core.ports import Service
 from headrace.gateway import shapes
+from headrace.gateway.audience import audience, public_paths
 from headrace.gateway.card import Card
 from headrace.gateway.checks import Checks
-from headrace.gateway.edge import ByMethod, Door, Endpoint, allowed_hosts, http_refusal
+from headrace.gateway.edge import ByMethod, Door, Endpoint, ForAdmins, allowed_hosts, http_refusal
 from headrace.gateway.endpoints import Endpoints, Extras, error_body
 from headrace.gateway.errors import LOG, Refused
 from headrace.gateway.explaining import served as explaining
+from headrace.gateway.keys import ASKED, NOBODY, caller_of, no_key
 from headrace.gateway.models import Model, Models
 from headrace.gateway.openapi import Answer, Operation, document
 from headrace.gateway.page import OPERATION as PART
@@ -65,9 +67,20 @@ def application(models: Models, settings: GatewaySettings, extras: Extras | None
     for model in models:
         if not model.text.has_chat:
             LOG.warning("%s: %s; /v1/chat/completions will refuse", model.name, model.text.why_no_chat)
+    site = Site()
+    served = _described(served, site)
+    public = public_paths((operation.method, operation.path) for operation, _ in served) | site.paths
+    door = Middleware(
+        Door,
+        hosts=allowed_hosts(settings.host),
+        error_body=error_body,
+        book=extras.book,
+        guard=extras.guard,
+        public=public,
+    )
     app = Starlette(
-        routes=_routes(_described(served)),
-        middleware=[Middleware(Door, hosts=allowed_hosts(settings.host), error_body=error_body, book=extras.book)],
+        routes=_routes(served),
+        middleware=[door],
         exception_handlers={HTTPException: _route_error},
         lifespan=_living(endpoints, models, settings, extras),
     )
@@ -75,9 +88,8 @@ def application(models: Models, settings: GatewaySettings, extras: Extras | None
     return app
 
 
-def _described(served: Sequence[Served]) -> list[Served]:
+def _described(served: Sequence[Served], site: Site) -> list[Served]:
     """What is served, and two pages that tell what that is."""
-    site = Site()
     index = _operation("/", "Name, version and paths; for browsers, the built-in page", shapes.Index)
     openapi = _operation("/openapi.json", "This document", dict[str, Any])
     operations = [operation for operation, _ in served] + [index, openapi, PART]
@@ -87,7 +99,10 @@ def _described(served: Sequence[Served]) -> list[Served]:
     names.headers["vary"] = "accept"
 
     async def show_index(request: Request) -> Response:
-        return site.index(request) or names
+        page = site.index(request)
+        if page is None and caller_of(request.scope) == NOBODY:
+            raise no_key(ASKED)
+        return page or names
 
     async def show_description(_: Request) -> Response:
         return description
@@ -99,7 +114,9 @@ def _routes(served: Sequence[Served]) -> list[Route]:
     """One route per path, whatever its methods."""
     by_path: dict[str, dict[str, ASGIApp]] = {}
     for operation, endpoint in served:
-        app = endpoint if isinstance(endpoint, Endpoint) else request_response(endpoint)
+        app: ASGIApp = endpoint if isinstance(endpoint, Endpoint) else request_response(endpoint)
+        if audience(operation.method, operation.path) == "admin":
+            app = ForAdmins(app)
         by_path.setdefault(operation.path, {})[operation.method] = app
     return [Route(path, ByMethod(apps), methods=list(apps)) for path, apps in by_path.items()]
 
@@ -119,23 +136,24 @@ def _pages(models: Models, extras: Extras, exposition: Exposition) -> list[Serve
             longest[extras.embedder.encoding.model] = extras.embedder.encoding.max_tokens
         return {name: shapes.Model(id=name, created=created, max_model_len=most) for name, most in longest.items()}
 
-    async def list_models(_: Request) -> Response:
-        return _json(shapes.Models(list(cards().values())))
+    async def list_models(request: Request) -> Response:
+        caller = caller_of(request.scope)
+        return _json(shapes.Models([card for name, card in cards().items() if caller.may_use(name)]))
 
     async def one_model(request: Request) -> Response:
         asked = request.path_params["model"]
-        if asked not in cards():
+        if asked not in cards() or not caller_of(request.scope).may_use(asked):
             message = f"The model {asked[:256]!r} does not exist; this server has {models.listed()}."
             return _refusal(Refused(404, message, code="model_not_found", param="model"))
         return _json(cards()[asked])
 
-    async def live(_: Request) -> Response:
+    async def live(request: Request) -> Response:
         health = _health(models)
-        return _json(health, 503 if health.status == "failed" else 200)
+        return _json(_told(request, health), 503 if health.status == "failed" else 200)
 
-    async def ready(_: Request) -> Response:
+    async def ready(request: Request) -> Response:
         health = _health(models)
-        return _json(health, 200 if health.status == "ready" else 503)
+        return _json(_told(request, health), 200 if health.status == "ready" else 503)
 
     async def scrape(_: Request) -> Response:
         return Response(exposition.text(), headers={"content-type": CONTENT_TYPE.decode()})
@@ -151,6 +169,11 @@ def _pages(models: Models, extras: Extras, exposition: Exposition) -> list[Serve
         (_operation("/health/ready", "Whether it takes requests", shapes.Health, 200, 503), ready),
         (Operation("/metrics", "GET", "Counters and histograms", metrics, shapes.Error), scrape),
     ]
+
+
+def _told(request: Request, health: shapes.Health) -> shapes.Health:
+    """Everything to admins, one word to others."""
+    return health if caller_of(request.scope).admin else shapes.Health(health.status)
 
 
 def _health(models: Models) -> shapes.Health:

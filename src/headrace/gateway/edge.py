@@ -2,7 +2,7 @@
 
 An `Endpoint` serves one path of one dialect: `parse` makes a core value of the body, a handler turns the value into
 events, a `Reply` makes bytes of them. So a further dialect is one file. The `Door` stands before every route: it checks
-the Host header, names the request, and lets no exception out. No state.
+the Host header, asks for a key, names the request, and lets no exception out. No state.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from headrace.gateway import bounds
 from headrace.gateway.chain import closing
 from headrace.gateway.errors import Refused, bad, refused
 from headrace.gateway.explaining import Book
+from headrace.gateway.keys import ANYBODY, ASKED, NOBODY, Caller, Guard, caller_of, no_key
 from headrace.gateway.lines import server_timing, visited
 from headrace.gateway.models import Model, Models
 from headrace.gateway.openapi import Operation
@@ -45,11 +46,18 @@ class Context:
     embedding_model: str | None = None  # its name, if there is one
     stores: bool = False  # whether responses can be kept
     client_id: str = ""  # the X-Request-Id of the response
-    tenant: str = ""
+    caller: Caller = ANYBODY
+
+    @property
+    def tenant(self) -> str:
+        return self.caller.tenant
 
     def of(self, asked: str | None) -> Context:
-        """The same for the model that a body names. Raises Refused for a name that nothing here answers to."""
-        return replace(self, to=self.models.find(asked))
+        """The same for the model that a body names. Raises Refused for a name that nothing here answers to, or that
+        the caller may not use."""
+        found = self.models.find(asked)
+        self.caller.check_model(found.name)
+        return replace(self, to=found)
 
     @property
     def model(self) -> str:
@@ -99,7 +107,7 @@ class Endpoint(Generic[Q, E]):
         try:
             kind = None if self.dialect.any_type and b"origin" not in dict(scope["headers"]) else JSON
             body = await read_body(scope, receive, self.max_body, kind)
-            context = replace(self.context, client_id=scope["state"]["client_id"])
+            context = replace(self.context, client_id=scope["state"]["client_id"], caller=caller_of(scope))
             call, reply = self.dialect.parse(body, context)
             await unless_gone(receive, self._answer(call, reply, send))
         except Exception as error:
@@ -209,17 +217,34 @@ async def respond(
 
 
 @dataclass(frozen=True, slots=True)
+class ForAdmins:
+    """A route that only an admin's key opens."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not caller_of(scope).admin:
+            raise Refused(403, "This path needs an admin's key; see `headrace keys add --admin`.", code="admin_only")
+        await self.app(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
 class Door:
-    """Middleware before every route."""
+    """Middleware before every route. Whoever comes without a key gets to the public pages and no further."""
 
     app: ASGIApp
     hosts: frozenset[str]  # names a browser may know us by; empty: any
     error_body: Callable[[str, Refused], bytes]  # of a path, in the dialect that is spoken there
     book: Book  # what is known of the calls
+    guard: Guard
+    public: frozenset[str]  # paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
             return
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
@@ -239,6 +264,7 @@ class Door:
         try:
             _check_head(scope)
             self._check_host(headers.get(b"host"))
+            scope["state"]["caller"] = self._caller(scope)
             await self.app(scope, receive, named_send)
         except Exception as error:
             refusal = refused(error)
@@ -248,6 +274,15 @@ class Door:
             await respond(named_send, refusal.status, self.error_body(scope["path"], refusal), refusal.headers)
         finally:
             visited(self.book, scope, began_s, status)
+
+    def _caller(self, scope: Scope) -> Caller:
+        """Raises Refused. The path is the one that routes are found by."""
+        caller = self.guard.caller(scope["headers"])
+        if caller is not None:
+            return caller
+        if scope["method"] in ("GET", "HEAD") and scope["path"] in self.public:
+            return NOBODY
+        raise no_key(ASKED)
 
     def _check_host(self, host: bytes | None) -> None:
         """A web page that resolves its own name to loopback (DNS rebinding) still sends that name."""

@@ -26,10 +26,11 @@ from headrace.gateway.embedding import Embed, Embedded, Embedding, Words
 from headrace.gateway.errors import Refused, bad
 from headrace.gateway.explaining import Book
 from headrace.gateway.generation import Generation
+from headrace.gateway.keys import Caller, Guard, caller_of
 from headrace.gateway.lines import logged
 from headrace.gateway.models import Models, by_model
 from headrace.gateway.openapi import Answer, Operation
-from headrace.gateway.state.batches import ENDPOINTS
+from headrace.gateway.state.batches import ENDPOINTS, Sender
 from headrace.gateway.state.database import Database
 from headrace.gateway.state.pages import Pages, Served
 from headrace.gateway.state.responses import Responses
@@ -48,6 +49,7 @@ class Extras:
     database: Database | None = None
     cards: tuple[Card, ...] = ()  # of the models that do not write
     book: Book = field(default_factory=Book)  # what became of the last requests
+    guard: Guard = field(default_factory=Guard)  # asks for keys, if there are any
 
     def close(self) -> None:
         if self.words is not None:
@@ -70,6 +72,7 @@ class Endpoints:
             stores=database is not None,
         )
         handlers = _handlers(models, extras, self._cards)
+        self._guard = extras.guard
         self._post = {
             dialect.operation.path: Endpoint(dialect, handlers[dialect.operation.path], context, settings.max_body)
             for dialect in DIALECTS
@@ -81,10 +84,11 @@ class Endpoints:
         posts = [(endpoint.dialect.operation, endpoint) for endpoint in self._post.values()]
         return [*posts, *self.pages.served(), *_ollama_pages(self._cards)]
 
-    async def ask(self, path: str, body: bytes, tenant: str) -> tuple[str, bytes]:
+    async def ask(self, path: str, body: bytes, by: Sender) -> tuple[str, bytes]:
         """One line of a batch: the id and the body of its answer. Raises as handlers do."""
         endpoint = self._post[path]
-        call, reply = endpoint.dialect.parse(body, replace(endpoint.context, tenant=tenant))
+        caller = self._guard.by_id(by.key_id) if by.key_id else Caller(by.tenant)
+        call, reply = endpoint.dialect.parse(body, replace(endpoint.context, caller=caller))
         if reply.stream:
             raise bad("stream: lines of a batch are answered whole.", "stream")
         call = _offline(call)
@@ -100,6 +104,10 @@ class _Cards:
 
     def __call__(self) -> Sequence[Card]:
         return (*(model.card for model in self.models), *self.others)
+
+    def of(self, caller: Caller) -> Sequence[Card]:
+        """Of those that a caller may use."""
+        return [card for card in self() if caller.may_use(card.name)]
 
     def abilities(self, card: Card) -> Sequence[str]:
         if card.embedding_dimensions:
@@ -150,11 +158,11 @@ def _offline(call: Any) -> Any:
 
 
 def _ollama_pages(cards: _Cards) -> list[Served]:
-    async def tags(_: Request) -> Response:
-        return _json(ollama_pages.tags(cards()))
+    async def tags(request: Request) -> Response:
+        return _json(ollama_pages.tags(cards.of(caller_of(request.scope))))
 
-    async def running(_: Request) -> Response:
-        return _json(ollama_pages.running(cards()))
+    async def running(request: Request) -> Response:
+        return _json(ollama_pages.running(cards.of(caller_of(request.scope))))
 
     async def version(_: Request) -> Response:
         return _json(ollama_pages.Version(__version__))

@@ -28,18 +28,20 @@ class Refused(HeadraceError):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: float | None = None,
+        more: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
+        self.more = more  # headers that go with it
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         if self.retry_after_s is None:
-            return []
-        return [(b"retry-after", str(max(1, math.ceil(self.retry_after_s))).encode())]
+            return [*self.more]
+        return [(b"retry-after", str(max(1, math.ceil(self.retry_after_s))).encode()), *self.more]
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> Refused:

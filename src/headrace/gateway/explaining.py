@@ -26,6 +26,7 @@ from headrace.core.explain.told import Explanation, Other, Phase, Times, Viewer
 from headrace.core.types import RequestId
 from headrace.gateway import shapes
 from headrace.gateway.errors import Refused, bad
+from headrace.gateway.keys import caller_of
 from headrace.gateway.models import Model, Models
 from headrace.gateway.openapi import Answer, Operation
 
@@ -168,8 +169,8 @@ class Pages:
 
 def viewer_of(request: Request) -> Viewer:
     """Who asks. Where nobody is asked for a key, everybody may see everything."""
-    caller = request.scope.get("state", {}).get("caller")
-    return Viewer(admin=True) if caller is None else Viewer(caller.tenant, caller.admin)
+    caller = caller_of(request.scope)
+    return Viewer(caller.tenant, caller.admin)
 
 
 def _limit(request: Request, usual: int, most: int) -> int:

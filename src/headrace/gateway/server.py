@@ -33,13 +33,13 @@ class CannotListen(HeadraceError):
     """The address is refused or taken; the message says what to do."""
 
 
-def bind(settings: GatewaySettings) -> socket.socket:
-    """A listening socket. Raises CannotListen."""
+def bind(settings: GatewaySettings, asks: bool = False) -> socket.socket:
+    """A listening socket, for a server that asks for keys or not. Raises CannotListen."""
     host, port = settings.host, settings.port
-    if not is_loopback(host) and not settings.insecure:
+    if not (is_loopback(host) or asks or settings.insecure):
         raise CannotListen(
             f"{host} can be reached from other machines and nobody is asked for a key. "
-            "Listen on 127.0.0.1, put an authenticating proxy in front, or accept the risk with --insecure."
+            "Make keys with `headrace keys add NAME`, listen on 127.0.0.1, or accept the risk with --insecure."
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -51,9 +51,9 @@ def bind(settings: GatewaySettings) -> socket.socket:
         ) from error
 
 
-def check(settings: GatewaySettings) -> None:
+def check(settings: GatewaySettings, asks: bool = False) -> None:
     """Raises CannotListen now rather than after minutes of loading a model."""
-    bind(settings).close()
+    bind(settings, asks).close()
 
 
 async def serve(
@@ -61,9 +61,10 @@ async def serve(
     service: Service,
     settings: GatewaySettings,
     announce: Callable[[str], None] = lambda url: None,
+    asks: bool = False,
 ) -> None:
     """Serve until a signal ends it, or the task is cancelled. Calls `announce` with the URL once it listens."""
-    listener = bind(settings)
+    listener = bind(settings, asks)
     port = listener.getsockname()[1]
     config = uvicorn.Config(
         app,

@@ -179,10 +179,17 @@ class ModelHealth(Struct):
     seconds_since_progress: float
 
 
-class Health(ModelHealth):
-    """Of all models together, under the name of the first."""
+class Health(Struct):
+    """Of all models together, under the name of the first. Where keys are asked for, only admins learn more than the
+    status."""
 
-    models: list[ModelHealth]
+    status: Literal["ready", "draining", "failed"]
+    model: str | UnsetType = UNSET
+    running: int | UnsetType = UNSET
+    waiting: int | UnsetType = UNSET
+    steps: int | UnsetType = UNSET
+    seconds_since_progress: float | UnsetType = UNSET
+    models: list[ModelHealth] | UnsetType = UNSET
 
 
 class Index(Struct):

@@ -57,6 +57,7 @@ def parse(body: bytes, context: Context) -> tuple[Embed, One[Embedded]]:
     """Raises Refused."""
     asked = BODY.decode(body)
     check_model(asked.model, context.embedding_model)
+    context.caller.check_model(context.embedding_model or "")
     inputs = _inputs(asked.input)
     shown: Callable[[tuple[float, ...]], Any] = _base64 if asked.encoding_format == "base64" else list
 

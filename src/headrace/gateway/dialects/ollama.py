@@ -184,6 +184,7 @@ def parse_embed(body: bytes, context: Context) -> tuple[Embed, One[Embedded]]:
     """Raises Refused. Texts that are too long are cut, unless `truncate` is false."""
     asked = EMBED.decode(body)
     _check(asked.model, context.embedding_model)
+    context.caller.check_model(context.embedding_model or "")
     inputs = (asked.input,) if isinstance(asked.input, str) else tuple(asked.input)
     shape = reply.embedded(asked.model)
     return Embed(inputs, asked.truncate is not False, asked.dimensions), One(shape)
@@ -193,6 +194,7 @@ def parse_old_embed(body: bytes, context: Context) -> tuple[Embed, One[Embedded]
     """Raises Refused."""
     asked = OLD_EMBED.decode(body)
     _check(asked.model, context.embedding_model)
+    context.caller.check_model(context.embedding_model or "")
     return Embed((asked.prompt,), truncate=True), One(lambda event: reply.OldEmbeddings(list(event.vectors[0])))
 
 

@@ -112,6 +112,7 @@ def parse_show(body: bytes, context: Context) -> tuple[str, One[Show]]:
     name = asked.model or asked.name
     if name is None:
         raise bad("model is required.", "model")
+    context.caller.check_model(name.removesuffix(":latest"))
     return name, One(lambda event: event)
 
 

@@ -59,6 +59,11 @@ class Site:
     def __init__(self) -> None:
         self._files = {path.name: _read(path) for path in Path(__file__).parent.iterdir() if path.suffix in _TYPES}
 
+    @property
+    def paths(self) -> frozenset[str]:
+        """Of its parts, which are the same for everybody and open to everybody."""
+        return frozenset(OPERATION.path.format(file=name) for name in self._files)
+
     def index(self, request: Request) -> Response | None:
         """The page for browsers, which say that they read HTML; None for everybody else."""
         if "text/html" not in request.headers.get("accept", ""):

@@ -31,8 +31,17 @@ _MOST_ERRORS = 100  # of a file that is not valid
 UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
 _FIELDS = (
     "id, tenant, endpoint, input_file_id, total, status, created_s, expires_s, metadata, errors, output_file_id, "
-    "error_file_id, in_progress_s, finalizing_s, completed_s, failed_s, expired_s, cancelling_s, cancelled_s, keep_s"
+    "error_file_id, in_progress_s, finalizing_s, completed_s, failed_s, expired_s, cancelling_s, cancelled_s, keep_s, "
+    "key_id"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Whose a batch is, and the key it came with; empty: none."""
+
+    tenant: str
+    key_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +66,7 @@ class Batch:
     cancelling_s: int | None
     cancelled_s: int | None
     keep_s: int | None  # seconds that its output files are kept; None: until they are deleted
+    key_id: str  # of the key that made it and that its lines are charged to; empty: of none
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,7 @@ _LINE = msgspec.json.Decoder(Line)
 
 def create(
     connection: sqlite3.Connection,
-    tenant: str,
+    by: Sender,
     endpoint: str,
     input_file_id: str,
     metadata: str | None,
@@ -96,15 +106,15 @@ def create(
     """Raises Refused."""
     if endpoint not in ENDPOINTS:
         raise bad(f"endpoint: choose one of {', '.join(ENDPOINTS)}.", "endpoint")
-    if files.get(connection, tenant, input_file_id, now_s).purpose != "batch":
+    if files.get(connection, by.tenant, input_file_id, now_s).purpose != "batch":
         raise bad("input_file_id: upload the file with the purpose 'batch'.", "input_file_id")
     batch_id = new_id("batch")
     connection.execute(
         "INSERT INTO batches (id, tenant, endpoint, input_file_id, total, status, created_s, expires_s, metadata,"
-        " keep_s) VALUES (?, ?, ?, ?, 0, 'validating', ?, ?, ?, ?)",
-        (batch_id, tenant, endpoint, input_file_id, now_s, now_s + WINDOW_S, metadata, keep_s),
+        " keep_s, key_id) VALUES (?, ?, ?, ?, 0, 'validating', ?, ?, ?, ?, ?)",
+        (batch_id, by.tenant, endpoint, input_file_id, now_s, now_s + WINDOW_S, metadata, keep_s, by.key_id),
     )
-    return get(connection, tenant, batch_id)
+    return get(connection, by.tenant, batch_id)
 
 
 def get(connection: sqlite3.Connection, tenant: str, batch_id: str) -> Batch:

@@ -18,7 +18,7 @@ from typing import TypeVar
 from headrace.core.types import HeadraceError
 
 T = TypeVar("T")
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE files (
     id TEXT PRIMARY KEY, tenant TEXT NOT NULL, purpose TEXT NOT NULL, filename TEXT NOT NULL, bytes INTEGER NOT NULL,
@@ -29,7 +29,7 @@ CREATE TABLE batches (
     total INTEGER NOT NULL, status TEXT NOT NULL, created_s INTEGER NOT NULL, expires_s INTEGER NOT NULL,
     metadata TEXT, errors TEXT, output_file_id TEXT, error_file_id TEXT, in_progress_s INTEGER,
     finalizing_s INTEGER, completed_s INTEGER, failed_s INTEGER, expired_s INTEGER, cancelling_s INTEGER,
-    cancelled_s INTEGER, keep_s INTEGER
+    cancelled_s INTEGER, keep_s INTEGER, key_id TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX unfinished ON batches (created_s)
     WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
@@ -44,6 +44,7 @@ CREATE TABLE responses (
 );
 CREATE INDEX age ON responses (created_s);
 """
+_FROM_1 = "ALTER TABLE batches ADD COLUMN key_id TEXT NOT NULL DEFAULT '';"
 
 
 class BadState(HeadraceError):
@@ -117,6 +118,8 @@ def _open(path: Path) -> sqlite3.Connection:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version == 0:
             connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;")
+        elif version == 1:
+            connection.executescript(f"BEGIN;{_FROM_1}PRAGMA user_version = {_VERSION};COMMIT;")
         elif version != _VERSION:
             raise BadState(f"{path} is of version {version}, and this program knows {_VERSION}; choose --state-dir")
     except sqlite3.DatabaseError as error:

@@ -21,6 +21,7 @@ from headrace.gateway import multipart, shapes
 from headrace.gateway.bounds import Body, Name
 from headrace.gateway.edge import read_body
 from headrace.gateway.errors import Refused, bad
+from headrace.gateway.keys import caller_of
 from headrace.gateway.openapi import Answer, Operation
 from headrace.gateway.state import batches, files
 from headrace.gateway.state.batches import Batch
@@ -40,7 +41,6 @@ from headrace.gateway.state.shapes import (
 
 T = TypeVar("T")
 Served = tuple[Operation, Callable[[Request], Awaitable[Response]]]
-_TENANT = ""  # until keys say who asks
 _HOUR_S, _MONTH_S = 3600, 30 * 86_400
 
 
@@ -125,19 +125,19 @@ class Pages:
         if len(part.content) > self._max_file:
             raise Refused(413, f"The file is larger than {self._max_file} bytes.", code="file_too_large", param="file")
         name, why, content = part.filename, purpose.text("purpose"), part.content
-        now_s = int(clock.wall())
+        now_s, tenant = int(clock.wall()), _tenant(request)
         if why not in files.PURPOSES:
             raise bad(f"purpose: choose one of {', '.join(files.PURPOSES)}.", "purpose")
 
         def add(connection: sqlite3.Connection) -> files.File:
             files.check_room(connection, len(content), self._max_stored)
-            return files.add(connection, _TENANT, why, name, content, now_s, keep_s)
+            return files.add(connection, tenant, why, name, content, now_s, keep_s)
 
         return _json(file_shown(await database.write(add)))
 
     async def list_files(self, request: Request) -> Response:
         page, purpose, now_s = _page(request, 10_000, 10_000), request.query_params.get("purpose"), int(clock.wall())
-        found, more = await self._database.read(lambda at: files.listed(at, _TENANT, purpose, page, now_s))
+        found, more = await self._database.read(lambda at: files.listed(at, _tenant(request), purpose, page, now_s))
         data = [file_shown(file) for file in found]
         return _json(FileList(data=data, has_more=more, **_ends(data)))
 
@@ -146,7 +146,7 @@ class Pages:
 
     async def delete_file(self, request: Request) -> Response:
         file_id, now_s = request.path_params["file_id"], int(clock.wall())
-        await self._database.write(lambda at: files.delete(at, _TENANT, file_id, now_s))
+        await self._database.write(lambda at: files.delete(at, _tenant(request), file_id, now_s))
         return _json(Deleted(file_id, "file"))
 
     async def file_content(self, request: Request) -> Response:
@@ -156,7 +156,7 @@ class Pages:
 
     async def _of_file(self, request: Request, find: Callable[[sqlite3.Connection, str, str, int], T]) -> T:
         file_id, now_s = request.path_params["file_id"], int(clock.wall())
-        return await self._database.read(lambda connection: find(connection, _TENANT, file_id, now_s))
+        return await self._database.read(lambda connection: find(connection, _tenant(request), file_id, now_s))
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ class Pages:
         metadata = json.dumps(asked.metadata) if asked.metadata else None
         keep_s = asked.output_expires_after.seconds if asked.output_expires_after else None
         now_s = int(clock.wall())
-        what = (_TENANT, asked.endpoint, asked.input_file_id, metadata, keep_s, now_s)
+        what = (_sender(request), asked.endpoint, asked.input_file_id, metadata, keep_s, now_s)
         batch = await database.write(lambda connection: batches.create(connection, *what))
         self.wake()
         return _json(batch_shown(batch, (0, 0)))
@@ -175,7 +175,7 @@ class Pages:
         page = _page(request, 20, 100)
 
         def read(connection: sqlite3.Connection) -> tuple[list[BatchShown], bool]:
-            found, more = batches.listed(connection, _TENANT, page)
+            found, more = batches.listed(connection, _tenant(request), page)
             return [batch_shown(batch, batches.counts(connection, batch)) for batch in found], more
 
         data, more = await self._database.read(read)
@@ -183,11 +183,11 @@ class Pages:
 
     async def get_batch(self, request: Request) -> Response:
         batch_id = request.path_params["batch_id"]
-        return _json(await self._database.read(lambda at: _shown(at, batches.get(at, _TENANT, batch_id))))
+        return _json(await self._database.read(lambda at: _shown(at, batches.get(at, _tenant(request), batch_id))))
 
     async def cancel_batch(self, request: Request) -> Response:
         batch_id, now_s = request.path_params["batch_id"], int(clock.wall())
-        shown = await self._database.write(lambda at: _shown(at, batches.cancel(at, _TENANT, batch_id, now_s)))
+        shown = await self._database.write(lambda at: _shown(at, batches.cancel(at, _tenant(request), batch_id, now_s)))
         self.wake()
         return _json(shown)
 
@@ -206,13 +206,13 @@ class Pages:
 
     async def delete_response(self, request: Request) -> Response:
         response_id = request.path_params["response_id"]
-        if not await Responses(self._database).delete(_TENANT, response_id):
+        if not await Responses(self._database).delete(_tenant(request), response_id):
             raise files.missing("response", response_id)
         return _json(Deleted(response_id, "response"))
 
     async def _stored(self, request: Request) -> tuple[bytes, tuple[Mapping[str, Any], ...]]:
         response_id = request.path_params["response_id"]
-        found = await Responses(self._database).get(_TENANT, response_id)
+        found = await Responses(self._database).get(_tenant(request), response_id)
         if found is None:
             raise files.missing("response", response_id)
         return found
@@ -253,6 +253,15 @@ class Pages:
                 self.response_input,
             ),
         ]
+
+
+def _tenant(request: Request) -> str:
+    return caller_of(request.scope).tenant
+
+
+def _sender(request: Request) -> batches.Sender:
+    caller = caller_of(request.scope)
+    return batches.Sender(caller.tenant, caller.key.id if caller.key else "")
 
 
 def _operation(method: str, path: str, summary: str, kind: Any, **more: Any) -> Operation:

@@ -15,11 +15,11 @@ from functools import partial
 from headrace.core import clock
 from headrace.gateway.errors import LOG, Refused, refused
 from headrace.gateway.state import batches, files
-from headrace.gateway.state.batches import Batch, Bounds, Todo
+from headrace.gateway.state.batches import Batch, Bounds, Sender, Todo
 from headrace.gateway.state.database import Database
 
-Ask = Callable[[str, bytes, str], Awaitable[tuple[str, bytes]]]
-"""(endpoint, body, tenant) -> (request id, body of the answer); raises as handlers do."""
+Ask = Callable[[str, bytes, Sender], Awaitable[tuple[str, bytes]]]
+"""(endpoint, body, whose it is) -> (request id, body of the answer); raises as handlers do."""
 
 _ERROR_BODY = Callable[[Refused], bytes]
 _MOMENTARY = (429, 503)
@@ -126,14 +126,14 @@ class Runner:
 
     async def _one(self, batch: Batch, line: Todo) -> tuple[bool, bytes]:
         """What becomes of a line. What is only wrong at this moment is tried again."""
-        wait_s = _RETRY_S[0]
+        wait_s, sender = _RETRY_S[0], Sender(batch.tenant, batch.key_id)
         while True:
             try:
-                request_id, body = await self._ask(batch.endpoint, line.body, batch.tenant)
+                request_id, body = await self._ask(batch.endpoint, line.body, sender)
                 return True, batches.output_line(line.custom_id, 200, request_id, body)
             except Exception as error:
                 refusal = refused(error)
-                if refusal.status not in _MOMENTARY:
+                if refusal.status not in _MOMENTARY or refusal.retry_after_s is None:
                     body = self._error_body(refusal)
                     return False, batches.output_line(line.custom_id, refusal.status, "", body)
             await clock.sleep(wait_s)

@@ -1,0 +1,221 @@
+"""How much a key may use: pure accounts, `now` an argument. Decides yes or no and how long to stay away; owns the
+accounts of one process. `gate` asks it about every call, `limits_redis` answers the same questions for many processes.
+
+A call takes one request, and the tokens it may come to, out of buckets that fill evenly and hold one minute's worth;
+when it is over, what it did not use goes back. So in any t seconds a key never gets more than limit * (1 + t / 60).
+
+    take(tokens=900) ---- 300 used ----> settle(300): 600 go back       nothing else gives back, and it does so once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from headrace.core.types import HeadraceError
+
+What = Literal["requests", "tokens", "concurrency", "budget", "size", "store"]
+_SHORTEST_S, _LONGEST_S = 1.0, 600.0  # what a client may be told to wait
+_LATEST = 0.2  # weight of the last call in the mean duration of an account's calls
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """None is no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None  # of prompts and answers, cached ones too
+    concurrency: int | None = None  # calls under way
+    budget_tokens: int | None = None  # altogether, for as long as the key lives
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What is left of the limits per minute, and when they are whole again."""
+
+    requests: float = 0.0
+    requests_s: float = 0.0
+    tokens: float = 0.0
+    tokens_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What one call has taken, to be settled once."""
+
+    id: str
+    key_id: str
+    limits: Limits
+    tokens: int
+    at_s: float
+    standing: Standing
+
+
+class Denied(HeadraceError):
+    """The account does not allow it now; without `retry_after_s`, not later either."""
+
+    def __init__(self, what: What, retry_after_s: float | None, standing: Standing) -> None:
+        super().__init__(f"the limit of {what} is reached")
+        self.what = what
+        self.retry_after_s = None if retry_after_s is None else min(max(retry_after_s, _SHORTEST_S), _LONGEST_S)
+        self.standing = standing
+
+
+class Store(Protocol):
+    """Accounts, here or elsewhere."""
+
+    async def take(self, key_id: str, limits: Limits, tokens: int) -> Ticket:
+        """Raises Denied. A caller that is cancelled here has taken nothing."""
+        ...
+
+    def settle(self, ticket: Ticket, used_tokens: int, counts: bool = True) -> None:
+        """The call is over. `counts` is False for one that the server refused, which is as if it had never come."""
+        ...
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Fills evenly up to `per_minute`. May be below zero after a call that used more than it took: then nobody takes
+    anything until the debt is paid."""
+
+    per_minute: int
+    level: float
+    at_s: float
+
+    def fill(self, now: float) -> float:
+        self.level = min(self.per_minute, self.level + max(0.0, now - self.at_s) * self.per_minute / 60)
+        self.at_s = max(self.at_s, now)
+        return self.level
+
+    def until_s(self, wanted: float) -> float:
+        """Seconds until so much is in it."""
+        return max(0.0, wanted - self.level) * 60 / self.per_minute
+
+
+@dataclass(slots=True)
+class Account:
+    """What one key uses. Sole owner of its numbers."""
+
+    spent_tokens: int = 0  # of the budget, by calls that are over
+    reserved_tokens: int = 0  # by calls under way
+    running: dict[str, int] = field(default_factory=dict)  # ticket -> tokens
+    requests: Bucket | None = None
+    tokens: Bucket | None = None
+    mean_s: float = 1.0  # that a call takes
+
+    def fill(self, limits: Limits, now: float) -> Standing:
+        self.requests = _filled(self.requests, limits.requests_per_minute, now)
+        self.tokens = _filled(self.tokens, limits.tokens_per_minute, now)
+        requests, tokens = self.requests, self.tokens
+        return Standing(
+            requests.level if requests else 0.0,
+            requests.until_s(requests.per_minute) if requests else 0.0,
+            tokens.level if tokens else 0.0,
+            tokens.until_s(tokens.per_minute) if tokens else 0.0,
+        )
+
+    def denial(self, limits: Limits, tokens: int) -> tuple[What, float | None] | None:
+        """Why a call of so many tokens may not start, and in how many seconds it may; None if it may."""
+        if limits.budget_tokens is not None:
+            if self.spent_tokens + tokens > limits.budget_tokens:
+                return "budget", None
+            if self.spent_tokens + self.reserved_tokens + tokens > limits.budget_tokens:
+                return "budget", self.mean_s  # what is under way may give some back
+        if self.tokens and tokens > self.tokens.per_minute:
+            return "size", None
+        if limits.concurrency is not None and len(self.running) >= limits.concurrency:
+            return "concurrency", self.mean_s / max(1, limits.concurrency)
+        waits: list[tuple[float, What]] = []
+        if self.requests and self.requests.level < 1:
+            waits.append((self.requests.until_s(1), "requests"))
+        if self.tokens and self.tokens.level < tokens:
+            waits.append((self.tokens.until_s(tokens), "tokens"))
+        return (max(waits)[1], max(waits)[0]) if waits else None
+
+
+def _filled(bucket: Bucket | None, per_minute: int | None, now: float) -> Bucket | None:
+    if per_minute is None:
+        return None
+    if bucket is None or bucket.per_minute != per_minute:
+        return Bucket(per_minute, per_minute, now)
+    bucket.fill(now)
+    return bucket
+
+
+class Ledger:
+    """The accounts of all keys that have called. Forgets none: there are no more than keys."""
+
+    def __init__(self, spent: Mapping[str, int] | None = None) -> None:
+        """`spent`: tokens of each key's budget that earlier processes counted."""
+        self._accounts = {key_id: Account(tokens) for key_id, tokens in (spent or {}).items()}
+        self._taken = 0
+
+    def take(self, key_id: str, limits: Limits, tokens: int, now: float) -> Ticket:
+        """Raises Denied; then nothing is taken."""
+        account = self._accounts.setdefault(key_id, Account())
+        standing = account.fill(limits, now)
+        denial = account.denial(limits, tokens)
+        if denial is not None:
+            raise Denied(*denial, standing)
+        if account.requests:
+            account.requests.level -= 1
+        if account.tokens:
+            account.tokens.level -= tokens
+        self._taken += 1
+        ticket = Ticket(f"{self._taken}", key_id, limits, tokens, now, account.fill(limits, now))
+        account.running[ticket.id] = tokens
+        account.reserved_tokens += tokens
+        return ticket
+
+    def settle(self, ticket: Ticket, used_tokens: int, counts: bool, now: float) -> int:
+        """What it did not use goes back, what it used beyond that is owed. Returns what the budget is charged; a ticket
+        that was settled before charges nothing."""
+        account = self._accounts[ticket.key_id]
+        tokens = account.running.pop(ticket.id, None)
+        if tokens is None:
+            return 0
+        used = used_tokens if counts else 0
+        account.reserved_tokens -= tokens
+        account.spent_tokens += used
+        account.fill(ticket.limits, now)
+        if account.tokens:
+            account.tokens.level = min(account.tokens.per_minute, account.tokens.level + tokens - used)
+        if account.requests and not counts:
+            account.requests.level = min(account.requests.per_minute, account.requests.level + 1)
+        if counts:
+            account.mean_s += _LATEST * (now - ticket.at_s - account.mean_s)
+        return used
+
+    def running(self, key_id: str) -> int:
+        return len(self._accounts[key_id].running) if key_id in self._accounts else 0
+
+    def spent_tokens(self, key_id: str) -> int:
+        return self._accounts[key_id].spent_tokens if key_id in self._accounts else 0
+
+    def check(self) -> None:
+        """Whether the accounts can be true."""
+        for key_id, account in self._accounts.items():
+            assert account.reserved_tokens == sum(account.running.values()), key_id
+            assert account.spent_tokens >= 0 <= account.reserved_tokens, key_id
+            for bucket in filter(None, (account.requests, account.tokens)):
+                assert bucket.level <= bucket.per_minute, key_id
+
+
+class InProcess:
+    """A `Store` of this process alone. `charged` is told what a budget was charged, to write it down."""
+
+    def __init__(
+        self, ledger: Ledger, now_s: Callable[[], float], charged: Callable[[str, int], None] = lambda key, used: None
+    ) -> None:  # fmt: skip
+        self.ledger = ledger
+        self._now_s = now_s
+        self._charged = charged
+
+    async def take(self, key_id: str, limits: Limits, tokens: int) -> Ticket:
+        return self.ledger.take(key_id, limits, tokens, self._now_s())
+
+    def settle(self, ticket: Ticket, used_tokens: int, counts: bool = True) -> None:
+        charged = self.ledger.settle(ticket, used_tokens, counts, self._now_s())
+        if charged:
+            self._charged(ticket.key_id, charged)
