@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from sim_rig import MANY, Linear, Watched, traffic
 
+from headrace.cluster.router import least_tokens
+from headrace.cluster.view import ReplicaView
 from headrace.core import clock
 from headrace.core.config import EngineSettings
 from headrace.core.events import Admitted, Arrived, Finished
@@ -25,7 +27,7 @@ from headrace.sim.apart import in_turns, simulate_apart
 from headrace.sim.cost.batch import Batch, Line, StepCost
 from headrace.sim.executor import SimulatedExecutor
 from headrace.sim.feed import NotApart
-from headrace.sim.run import SimulationFailed, Site, View, least_tokens, simulate
+from headrace.sim.run import SimulationFailed, Site, simulate
 from headrace.sim.sketch import RELATIVE_ERROR
 from headrace.sim.stats import Stats
 from headrace.workload.arrival import Arrival, Stretch
@@ -85,7 +87,7 @@ def test_load_is_spread_and_nothing_is_lost() -> None:
 
 
 def test_dispatchers_see_the_load_as_it_is() -> None:
-    seen: list[list[View]] = []
+    seen: list[list[ReplicaView]] = []
 
     def first(number: int, request: object, views: object) -> int:
         seen.append(list(views))  # type: ignore[call-overload]

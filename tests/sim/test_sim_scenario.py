@@ -14,7 +14,7 @@ from headrace.core.types import HeadraceError
 from headrace.sim.cost.analytic import Analytic
 from headrace.sim.cost.placement import BadPlacement
 from headrace.sim.hardware import UnknownName
-from headrace.sim.scenario import DISPATCHES, KVS, WEIGHTS, Scenario, parse_hardware, shape_of
+from headrace.sim.scenario import KVS, WEIGHTS, Scenario, parse_hardware, shape_of
 from headrace.sim.settings import FORMATS, SimulateSettings
 from headrace.workload.settings import WorkloadSettings
 
@@ -45,7 +45,6 @@ def test_formats_change_bytes_and_speed() -> None:
     assert small.cost.placement.weight_bytes < 0.45 * plain.cost.placement.weight_bytes
     assert small.capacity.blocks > 2 * plain.capacity.blocks
     assert set(FORMATS) == set(WEIGHTS) == set(KVS)
-    assert set(DISPATCHES) == {"round-robin", "least-tokens"}
 
 
 def test_the_step_is_as_long_as_the_target_allows() -> None:

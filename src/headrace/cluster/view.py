@@ -1,4 +1,4 @@
-"""What may be known of a replica when a request is sent somewhere: a frozen snapshot. Decides nothing."""
+"""What may be known of a replica when something is decided among several: a frozen snapshot. Decides nothing."""
 
 from __future__ import annotations
 
@@ -17,5 +17,8 @@ class ReplicaView:
     requests: int = 0  # sent to it and not finished
     prompt_tokens: int = 0  # of these
     blocks: int = 0  # in all
-    free_blocks: int = 0
-    offered_blocks: int = 0  # of requests that were computed elsewhere and wait for its memory
+    free_blocks: int = 0  # neither used nor promised
+    offered_blocks: int = 0  # promised to requests that were computed elsewhere and do not run here yet
+    cached_tokens: int = 0  # of the prompt that is asked about: no work here
+    ready: bool = True  # False: it is starting
+    idle_s: float = 0.0  # since its last request; 0 while it has one

@@ -130,6 +130,10 @@ class Scheduler:
         """Held by no request, and not forgotten."""
         return self._memory.pool.cached
 
+    def cached_tokens(self, keys: Sequence[BlockKey]) -> int:
+        """Of a prompt with these keys, what is in the KV memory already."""
+        return len(self._memory.index.match(keys, 0, len(keys))) * self.capacity.block_tokens
+
     def add(self, request: Request, now: float) -> None:
         """Take a request. Raises InvalidRequest if it can never be served, Overloaded if the queue is full."""
         try:

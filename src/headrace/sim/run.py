@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import overload
+from typing import Protocol, overload
 
+from headrace.cluster.router import Route, round_robin
+from headrace.cluster.view import ReplicaView
 from headrace.core import clock
 from headrace.core.config import EngineSettings
 from headrace.core.events import Arrived, Event, Finished
@@ -31,28 +33,6 @@ from headrace.sim.executor import SimulatedExecutor
 from headrace.sim.feed import Feed
 from headrace.sim.stats import Stats, Totals
 from headrace.workload.arrival import Arrival, Traffic
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What a dispatcher may know of one replica: exact at any moment, however many steps a plan stands for."""
-
-    replica: int
-    requests: int  # sent to it and not finished
-    prompt_tokens: int  # of these
-
-
-Dispatch = Callable[[int, Request, Sequence[View]], int]  # (number of the request, request, views) -> replica
-
-
-def round_robin(number: int, request: Request, views: Sequence[View]) -> int:
-    """One after the other. Needs no feedback, so the replicas are independent of each other."""
-    return number % len(views)
-
-
-def least_tokens(number: int, request: Request, views: Sequence[View]) -> int:
-    """Where the fewest prompt tokens are unfinished; the first of equals."""
-    return min(views, key=lambda view: view.prompt_tokens).replica
 
 
 Choose = Callable[[EngineSettings, Mapping[RequestId, int]], Policies]  # (settings, lengths of live answers)
@@ -101,10 +81,21 @@ class SimulationFailed(HeadraceError):
     """The simulated executor, and so its cost model, raised."""
 
 
-class _Replica:
+class Heard(Protocol):
+    """Who sends requests to replicas: knows how long answers will be, and hears when they end."""
+
+    @property
+    def lengths(self) -> dict[RequestId, int]: ...
+
+    def ended(self, request_id: RequestId) -> None: ...
+
+    def stop(self, error: Exception) -> None: ...
+
+
+class Replica:
     """One engine with its executor and its statistics."""
 
-    def __init__(self, number: int, site: Site, feed: Feed, more: Observer | None) -> None:
+    def __init__(self, number: int, site: Site, feed: Heard, more: Observer | None) -> None:
         self.number = number
         self.requests = self.prompt_tokens = 0
         self.stats = Stats(site.slo)
@@ -122,10 +113,22 @@ class _Replica:
         policies = site.policies(site.settings, feed.lengths)
         if policies.drafter is not None and site.acceptance is not None:
             policies = replace(policies, drafter=guesses)  # no text has values here
-        scheduler = Scheduler(
+        self._scheduler = Scheduler(
             site.settings, site.capacity, token_budget=site.token_budget, observer=self, policies=policies
         )
-        self.engine = Engine(f"replica {number}", scheduler, self._executor)
+        self.engine = Engine(f"replica {number}", self._scheduler, self._executor)
+
+    def view(self, request: Request | None = None) -> ReplicaView:
+        """Exact at any moment, however many steps a plan stands for; with what it has cached of this prompt."""
+        capacity, keys = self.engine.capacity, () if request is None else request.block_keys
+        return ReplicaView(
+            self.number,
+            requests=self.requests,
+            prompt_tokens=self.prompt_tokens,
+            blocks=capacity.blocks,
+            free_blocks=capacity.blocks - self._scheduler.used_blocks,
+            cached_tokens=self._scheduler.cached_tokens(keys) if keys else 0,
+        )
 
     def observe(self, event: Event) -> None:
         self.stats.observe(event)
@@ -142,31 +145,31 @@ class _Replica:
                 self._feed.stop(SimulationFailed(f"replica {self.number} failed: {self._executor.error}"))
 
 
-class _Views(Sequence[View]):
+class _Views(Sequence[ReplicaView]):
     """One view per replica, made when somebody looks."""
 
-    def __init__(self, replicas: Sequence[_Replica]) -> None:
+    def __init__(self, replicas: Sequence[Replica], request: Request) -> None:
         self._replicas = replicas
+        self._request = request
 
     def __len__(self) -> int:
         return len(self._replicas)
 
     @overload
-    def __getitem__(self, at: int) -> View: ...
+    def __getitem__(self, at: int) -> ReplicaView: ...
     @overload
-    def __getitem__(self, at: slice) -> Sequence[View]: ...
-    def __getitem__(self, at: int | slice) -> View | Sequence[View]:
+    def __getitem__(self, at: slice) -> Sequence[ReplicaView]: ...
+    def __getitem__(self, at: int | slice) -> ReplicaView | Sequence[ReplicaView]:
         if isinstance(at, slice):
-            return _Views(self._replicas[at])
-        replica = self._replicas[at]
-        return View(replica.number, replica.requests, replica.prompt_tokens)
+            return _Views(self._replicas[at], self._request)
+        return self._replicas[at].view(self._request)
 
 
 def simulate(
     arrivals: Iterable[Arrival],
     site: Site,
     *,
-    dispatch: Dispatch = round_robin,
+    dispatch: Route = round_robin,
     clients: int = 1,
     seed: int = 0,
     observer: Observer | None = None,
@@ -208,7 +211,7 @@ class Fleet:
         site: Site,
         here: Sequence[int],
         *,
-        dispatch: Dispatch = round_robin,
+        dispatch: Route = round_robin,
         clients: int = 1,
         observer: Observer | None = None,
     ) -> None:
@@ -219,8 +222,8 @@ class Fleet:
             clients=clients,
         )
         self._of = site.replicas
-        self._replicas = {number: _Replica(number, site, self._feed, observer) for number in here}
-        self._views = _Views(list(self._replicas.values()))
+        self._replicas = {number: Replica(number, site, self._feed, observer) for number in here}
+        self._all = list(self._replicas.values())
         self._dispatch = dispatch
         self._serving: list[asyncio.Task[None]] = []
 
@@ -252,9 +255,10 @@ class Fleet:
 
     def _send(self, number: int, traffic: Traffic) -> Engine:
         plain = self._dispatch is round_robin
-        chosen = number % self._of if plain else self._dispatch(number, traffic.request, self._views)
+        request = traffic.request
+        chosen = number % self._of if plain else self._dispatch(number, request, _Views(self._all, request))
         engine = self._replicas[chosen].engine
-        engine.submit(traffic.request)
+        engine.submit(request)
         return engine
 
     def _check(self) -> None:

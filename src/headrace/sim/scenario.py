@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.cluster.router import ROUTES, Route
 from headrace.core.config import BadSetting, EngineSettings
 from headrace.core.ports import Capacity
 from headrace.core.shape import BF16, FP32, KV_BF16, KVFormat, ModelShape, WeightFormat
@@ -32,7 +33,7 @@ from headrace.sim.executor import MOST_STEPS
 from headrace.sim.hardware import Link, Topology, device, link
 from headrace.sim.hfconfig import from_hf
 from headrace.sim.models import model
-from headrace.sim.run import Dispatch, Site, least_tokens, round_robin
+from headrace.sim.run import Site
 from headrace.sim.settings import SimulateSettings
 from headrace.workload import streams
 from headrace.workload.arrival import Arrival
@@ -53,7 +54,6 @@ KVS: Mapping[str, KVFormat] = {
     "int8": KVFormat("int8", 8),
     "int4": KVFormat("int4", 4),
 }
-DISPATCHES: Mapping[str, Dispatch] = {"round-robin": round_robin, "least-tokens": least_tokens}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,8 @@ class Scenario:
         return self.traffic[0].clients or 1
 
     @property
-    def dispatch(self) -> Dispatch:
-        return DISPATCHES[self.simulate.dispatch]
+    def dispatch(self) -> Route:
+        return ROUTES[self.simulate.dispatch]
 
     def site(self) -> Site:
         """Raises UnknownName, UnreadableConfig, BadPlacement, BadSetting, BadCalibration."""

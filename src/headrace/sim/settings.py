@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from headrace.cluster.router import ROUTES
 from headrace.core.config import BadSetting, setting
 
 FORMATS = ("bf16", "fp32", "fp8", "int8", "int4")
@@ -19,7 +20,7 @@ class SimulateSettings:
         "H100-SXM", "devices of one replica (--list devices): NAME, 4xNAME, or 2x8xNAME@LINK for two nodes of eight"
     )
     replicas: int = setting(1, "how many of these")
-    dispatch: str = setting("round-robin", "which replica a request goes to", ("round-robin", "least-tokens"))
+    dispatch: str = setting("round-robin", "which replica a request goes to", tuple(ROUTES))
     tensor: int | None = setting(None, "devices that share every layer; by default all of a stage")
     pipeline: int = setting(1, "stages, each with its share of the layers")
     microbatches: int = setting(1, "parts of a step that follow each other through the stages")

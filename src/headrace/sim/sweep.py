@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import msgspec
 
+from headrace.cluster.router import round_robin
 from headrace.core.config import BadSetting
 from headrace.core.types import FinishReason
 from headrace.sim.apart import simulate_apart
 from headrace.sim.feed import NotApart
-from headrace.sim.run import Report, round_robin, simulate
+from headrace.sim.run import Report, simulate
 from headrace.sim.scenario import Scenario
 from headrace.sim.stats import Totals
 from headrace.sim.workers import Each

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
+from headrace.cluster.router import least_tokens
 from headrace.core.config import BadSetting
 from headrace.draw.text import aligned
 from headrace.sim.cost.batch import batch_of
 from headrace.sim.plan.pools import NoFleet, Pair, Profile, Sized, Split, kusd_per_year, sized, split
-from headrace.sim.run import least_tokens, simulate
+from headrace.sim.run import simulate
 from headrace.sim.scenario import Scenario, parse_hardware
 from headrace.sim.sweep import attained
 from headrace.workload.arrival import Arrival

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from headrace.cluster.router import least_tokens
 from headrace.core.config import EngineSettings
 from headrace.core.types import SLO
 from headrace.sim.cost.analytic import Analytic
@@ -16,7 +17,7 @@ from headrace.sim.cost.batch import batch_of, windows_of
 from headrace.sim.plan.limits import steady
 from headrace.sim.plan.mix import Bucket, Mix, NoMix, Type, pack
 from headrace.sim.plan.traffic import Demand
-from headrace.sim.run import least_tokens, simulate
+from headrace.sim.run import simulate
 from headrace.sim.scenario import Scenario, convention, placement
 from headrace.sim.settings import SimulateSettings
 from headrace.sim.stats import Totals
