@@ -230,7 +230,9 @@ def main() -> int:
     add_model(parser)
     parser.add_argument("--only", default="", metavar="TEXT", help="only questions whose name has this in it")
     parser.add_argument("--seconds", type=float, default=12.0, help="of arrivals in a live run (default: 12)")
-    parser.add_argument("--minutes", type=float, default=14.0, help="that all may take; fewer live runs if it gets late")
+    parser.add_argument(
+        "--minutes", type=float, default=14.0, help="that all may take; fewer live runs if it gets late"
+    )
     args = parser.parse_args([*FLAGS, *sys.argv[1:]])
     begun_s = clock.perf()
     live = open_live(args, Phases())

@@ -1,5 +1,5 @@
-"""How long `headrace plan` takes: the whole plan space of a 70B model on 8 GPUs and of a 671B mixture on 32, each with a
-trace of 2,000 requests; a fleet of 10,000 GPUs; a newcomer's question. Wall and CPU seconds against the bounds.
+"""How long `headrace plan` takes: the whole plan space of a 70B model on 8 GPUs and of a 671B mixture on 32, each with
+a trace of 2,000 requests; a fleet of 10,000 GPUs; a newcomer's question. Wall and CPU seconds against the bounds.
 
 Every question is a command in a process of its own, so the times are those of a shell that knows nothing yet, imports
 included. Run alone on the machine, about two minutes: python benchmarks/planner_speed.py

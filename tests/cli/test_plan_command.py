@@ -77,3 +77,39 @@ def test_a_mix_of_a_measured_table(capsys: pytest.CaptureFixture[str], tmp_path:
     assert capsys.readouterr().out.startswith("CHEAPEST: 2 small for $2.00 an hour.")
     assert plan("mix", "llama-3.1-8b") == 2
     assert "--slo" in capsys.readouterr().err
+
+
+def test_roles_by_published_coefficients(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "roles.json"
+    words = ["--requests", "30", "--arrivals", "poisson:1", "--slo", "ttft=0.4,tpot=0.1", "--json", str(out)]
+    assert plan("roles", "--published", *words, "--show-work") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(("APART", "TOGETHER")) and "Work:" in printed
+    assert {one["role"] for one in json.loads(out.read_text())["phases"]} == {"prefill", "decode", "both"}
+    assert plan("roles", "--published") == 2
+    assert "--slo" in capsys.readouterr().err
+
+
+def test_replicas_that_come_and_go(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out, html = tmp_path / "elastic.toml", tmp_path / "elastic.html"
+    words = ["--arrivals", "poisson:0.02", "--requests", "12", "--slo", "ttft=60", "--most", "1"]
+    assert plan("elastic", "llama-3.1-8b", "--device", "L40S", *words, "--out", str(out), "--html", str(html)) == 0
+    assert capsys.readouterr().out.startswith("RECOMMENDED: 0 to 1")
+    assert "The plan file" in html.read_text()
+    assert main(["simulate", "--plan", str(out)]) == 0
+
+
+def test_power_thoughts_and_apis(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = ["--lengths", "300:900,10:40", "--requests", "20", "--arrivals", "poisson:0.5", "--processes", "1"]
+    assert (
+        plan("power", "llama-3.1-8b", "--device", "L40S", "--servers", "2", "--extra", "50", "--minutes", "0.5", *rows)
+        == 0
+    )
+    assert "MORE" in capsys.readouterr().out
+    assert plan("thoughts", "qwen3-8b", "--seconds", "5") == 0
+    assert capsys.readouterr().out.startswith("qwen3-8b within 5 s")
+    table = tmp_path / "runs.csv"
+    table.write_text("p,o,s\n100,1,0.2\n100,50,1.2\n1000,1,0.5\n1000,50,1.5\n")
+    assert plan("api", str(table), "--model", "llama-3.1-8b", "--device", "L40S") == 0
+    assert "ms a token" in capsys.readouterr().out
+    assert plan("api", str(tmp_path / "none.csv")) == 2

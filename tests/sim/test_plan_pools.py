@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import exp, factorial, inf
 
 import pytest
@@ -129,8 +130,23 @@ def test_a_fleet_is_sized_and_its_slice_simulated() -> None:
     found = fleet.fleet(scenario(), 100.0, 1.0)
     assert found.one.devices * found.one.service.per_s >= 100 / 0.85
     (name, (pool,)), *_ = found.checked
-    assert name == "one pool" and pool.kept >= 0.95 and pool.replicas >= pool.formula
-    assert "simulated, one pool" in fleet.told(found, 100.0)
+    assert name == "one pool" and pool.kept >= 0.95
+    assert pool.replicas <= pool.formula or pool.first_kept < 0.95
+    said = fleet.answer(found, 100.0, scenario(), fleet.swings_of(scenario(), 100.0, found))
+    assert said.headline[0].startswith("RECOMMENDED") and "simulated, one pool" in said.headline[1]
+    assert min(said.numbers["ten_percent_off"].values()) >= 0.9 * pool.replicas  # type: ignore[attr-defined]
+    assert said.plan is not None and 'dispatch = "least-tokens"' in said.plan
+
+
+def test_prompts_slow_the_steps_they_share() -> None:
+    """A device that computes prompts beside answers does fewer of both: exactly their share of its time."""
+    pairs = [(1000, 100)] * 3
+    plain = Service.of(A100, pairs, 8192)
+    priced = Service.of(replace(A100, prompt_token_s=1e-4), pairs, 8192)
+    steps, added_s = 2 + 100, plain.slots * 1000 * 1e-4
+    assert 1 / priced.per_s == pytest.approx(1 / plain.per_s + added_s / plain.slots, rel=1e-9)
+    assert priced.prefill_s == pytest.approx(plain.prefill_s + 0.1)
+    assert A100.steps(pairs[0]) == steps
 
 
 def test_a_large_fleet_is_a_small_one_many_times() -> None:

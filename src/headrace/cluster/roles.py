@@ -21,8 +21,8 @@ class NoReplica(HeadraceError):
 
 
 def prefill_of(views: Sequence[ReplicaView], blocks: int = 0) -> int | None:
-    """Where the fewest prompt tokens wait, of those with room for a prompt of so many blocks; the first of equals. None:
-    the prompt waits, as prefill replicas are full of KV that nobody has pulled. Raises NoReplica."""
+    """Where the fewest prompt tokens wait, of those with room for a prompt of so many blocks; the first of equals.
+    None: the prompt waits, as prefill replicas are full of KV that nobody has pulled. Raises NoReplica."""
     able = [view for view in views if view.role != "decode"]
     if not able:
         raise NoReplica("no replica computes prompts; give one the role prefill or both")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, inf
+from math import ceil
 
 from headrace.cluster.view import ReplicaView
 
@@ -63,4 +63,4 @@ class Scaling:
     @property
     def fixed(self) -> bool:
         """Whether nobody is ever started or stopped."""
-        return self.least == self.most or (self.keep_alive_s == inf and self.least > 0)
+        return self.least == self.most

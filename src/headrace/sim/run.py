@@ -34,7 +34,6 @@ from headrace.sim.feed import Feed
 from headrace.sim.stats import Stats, Totals
 from headrace.workload.arrival import Arrival, Traffic
 
-
 Choose = Callable[[EngineSettings, Mapping[RequestId, int]], Policies]  # (settings, lengths of live answers)
 
 

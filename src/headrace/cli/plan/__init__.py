@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.cli.plan import fit, mix, pools, search
+from headrace.cli.plan import api, elastic, fit, mix, pools, power, roles, search, thoughts
 
-QUESTIONS = (search, fit, mix, pools)
+QUESTIONS = (search, fit, mix, pools, roles, elastic, power, thoughts, api)
 
 
 def add(commands: Any) -> None:

@@ -8,14 +8,17 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headrace.cli.plan.fit import MODEL_HELP
+from headrace.cli.plan.out import add_files, give, say
 from headrace.core import config
 from headrace.core.config import BadSetting, EngineSettings
+
+if TYPE_CHECKING:
+    from headrace.sim.plan.answer import Answer
 
 
 def add(questions: Any) -> None:
@@ -32,12 +35,17 @@ def add(questions: Any) -> None:
     group.add_argument("--weights", default="bf16", help="format of the weights (default: bf16)")
     group.add_argument("--rate", type=float, metavar="X", help="requests per second, if not those of the traffic")
     group.add_argument("--attain", type=float, default=0.99, metavar="X", help="share that must keep --slo (0.99)")
+    add_files(group)
     for settings in (WorkloadSettings, EngineSettings):
         config.add_flags(parser, settings)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    return give(args, lambda: _found(args))
+
+
+def _found(args: argparse.Namespace) -> Answer:
     from headrace.cli.plan.search import scenario_of
     from headrace.sim.plan import fleet
     from headrace.workload.settings import parse_slo
@@ -49,9 +57,6 @@ def run(args: argparse.Namespace) -> int:
     rate = args.rate if args.rate is not None else scenario.rate()
     if not 0 < rate < 1e7:
         raise BadSetting(f"--rate is {rate}; it must be above 0 and below ten million requests per second")
-    print(fleet.told(fleet.fleet(scenario, rate, slo_s, _say), rate), end="")
-    return 0
-
-
-def _say(what: str) -> None:
-    print(what, file=sys.stderr)
+    found = fleet.fleet(scenario, rate, slo_s, say)
+    say("the same with one thing at a time 10 % worse ...")
+    return fleet.answer(found, rate, scenario, fleet.swings_of(scenario, rate, found))

@@ -99,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def scenario_of(args: argparse.Namespace) -> Scenario:
-    """The traffic and the engine; what it meets is searched."""
+def scenario_of(args: argparse.Namespace, requests: int = REQUESTS) -> Scenario:
+    """The traffic and the engine; what it meets is searched. Made traffic has so many requests, if nobody says."""
     from headrace.sim.plan.search import engine_for
     from headrace.sim.scenario import Scenario
     from headrace.sim.settings import SimulateSettings
@@ -110,13 +110,13 @@ def scenario_of(args: argparse.Namespace) -> Scenario:
     args.__dict__.setdefault("workload.requests", None)
     traffic = []
     for part in parts(toml):
-        table = {"requests": REQUESTS, **part.get("workload", {})}
+        table = {"requests": requests, **part.get("workload", {})}
         made = config.load(WorkloadSettings, args, {"workload": table})
         traffic.append(config.load(WorkloadSettings, args, part) if made.trace or made.seconds else made)
     slo = parse_slo(traffic[0].slo)
     given = getattr(args, "engine.inter_token_ms", None) is not None or "inter_token_ms" in toml.get("engine", {})
     engine = engine_for(config.load(EngineSettings, args, toml), slo.tpot_s if slo else None, given)
-    return Scenario(SimulateSettings(model=args.model, attain=args.attain), engine, tuple(traffic))
+    return Scenario(SimulateSettings(model=args.model, attain=getattr(args, "attain", 0.99)), engine, tuple(traffic))
 
 
 def pools(devices: list[str], prices: Path | None) -> list[Pool]:

@@ -8,14 +8,16 @@ safe side.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 
 from headrace.cluster.router import least_tokens
 from headrace.core.config import BadSetting
-from headrace.draw.text import aligned
 from headrace.sim.cost.batch import batch_of
+from headrace.sim.plan.answer import Answer, Part
+from headrace.sim.plan.files import plan_file
 from headrace.sim.plan.pools import NoFleet, Pair, Profile, Sized, Split, kusd_per_year, sized, split
+from headrace.sim.plan.search import worse
 from headrace.sim.run import simulate
 from headrace.sim.scenario import Scenario, parse_hardware
 from headrace.sim.sweep import attained
@@ -53,13 +55,15 @@ class Fleet:
 
 
 def profile(scenario: Scenario, usual_context: float) -> Profile:
-    """One replica as a straight line: a step with one row, and what each row more costs at the usual context."""
+    """One replica as straight lines: a step with one row, what each row more costs at the usual context, and what each
+    prompt token adds."""
     site = scenario.site()
     context = max(2, round(usual_context))
     capacity, engine = site.capacity, scenario.engine
     rows = max(2, min(engine.max_running, capacity.blocks * capacity.block_tokens // context))
     one, many = (site.cost.estimate(batch_of([(context, 1)] * n, n, site.windows)).seconds for n in (1, rows))
     row_s = (many - one) / (rows - 1) * 8192 / context
+    chunk = site.cost.estimate(batch_of([(0, site.token_budget)], 1, site.windows)).seconds
     return Profile(
         max(one - row_s * context / 8192, 1e-6),
         row_s,
@@ -67,6 +71,7 @@ def profile(scenario: Scenario, usual_context: float) -> Profile:
         capacity.blocks,
         engine.max_running,
         capacity.block_tokens,
+        max(0.0, chunk - one) / site.token_budget,
     )
 
 
@@ -112,14 +117,22 @@ def _splits(line: Profile, pairs: Sequence[Pair], rate: float, slo_s: float, con
 
 
 def checked_pool(scenario: Scenario, arrivals: Sequence[Arrival], speed: float, count: int) -> Checked:
-    """Raise the count by a tenth until a slice of the pool keeps the promises. Raises NoFleet."""
-    first, now = None, count
+    """Raise or lower the count by a tenth until a slice of the pool just keeps the promises. Raises NoFleet."""
+    attain, now = scenario.simulate.attain, count
+    kept = first = slice_kept(scenario, arrivals, speed, now)
     for _ in range(ROUNDS):
-        kept = slice_kept(scenario, arrivals, speed, now)
-        first = kept if first is None else first
-        if kept >= scenario.simulate.attain:
+        fewer = min(now - 1, ceil(now / 1.1))
+        if kept < attain or fewer < 1:
+            break
+        less = slice_kept(scenario, arrivals, speed, fewer)
+        if less < attain:
+            break
+        now, kept = fewer, less
+    for _ in range(ROUNDS):
+        if kept >= attain:
             return Checked(count, now, kept, first)
         now = max(now + 1, ceil(1.1 * now))
+        kept = slice_kept(scenario, arrivals, speed, now)
     raise NoFleet(f"even {now:,} replicas do not keep the promises in simulation: they are broken without any queue")
 
 
@@ -132,24 +145,79 @@ def slice_kept(scenario: Scenario, arrivals: Sequence[Arrival], speed: float, co
     return attained(simulate(coming, there.site(), dispatch=least_tokens).totals) or 0.0
 
 
-def told(found: Fleet, rate: float) -> str:
-    """For the terminal."""
-    rows = [["  fleet", "short", "long", "replicas", "devices", "k$/year", "p99 TTFT short ms", "long ms"]]
+def answer(found: Fleet, rate: float, scenario: Scenario, swings: Sequence[tuple[str, Checked]] = ()) -> Answer:
+    """In words."""
+    rows = [["fleet", "short", "long", "replicas", "devices", "k$/year", "p99 TTFT short ms", "long ms"]]
     one = found.one
     rows.append(_row("one pool", (None, one.devices), one.devices, found, (None, one.ttft_s)))
     for each in found.splits:
         mark = "* " if each is found.best else ""
         counts, ttfts = (each.short.devices, each.long.devices), (each.short.ttft_s, each.long.ttft_s)
         rows.append(_row(f"{mark}split at {each.threshold:,}", counts, each.devices, found, ttfts))
-    lines = [f"Fleets for {rate:,.3g} requests/s by M/G/c formulas:", "", *aligned(rows, "<>>>>>>>"), ""]
-    for name, pools in found.checked:
-        total = sum(pool.replicas for pool in pools)
+    lines = list(_headline(found, rate))
+    totals = {name: sum(pool.replicas for pool in pools) for name, pools in found.checked}
+    there = replace(scenario.simulate, replicas=min(SLICE, min(totals.values())), dispatch="least-tokens")
+    return Answer(
+        f"Fleets for {rate:,.3g} requests/s",
+        lines,
+        (Part("By M/G/c formulas", "Erlang's C and Kimura's tail; the best split is marked.", rows),),
+        tuple(
+            f"split at {each.threshold:,}: {each.devices:,} replicas are no fewer than {one.devices:,} in one pool"
+            for each in found.splits
+            if each.devices >= one.devices
+        ),
+        tuple(_sure(found, swings)),
+        tuple(_work(found)),
+        {
+            "rate": rate,
+            "devices_of_a_replica": found.devices,
+            "one_pool": asdict(one),
+            "splits": [asdict(each) for each in found.splits],
+            "simulated": {name: [asdict(pool) for pool in pools] for name, pools in found.checked},
+            "ten_percent_off": {name: one.replicas for name, one in swings},
+        },
+        plan_file(replace(scenario, simulate=there), [*lines, "A slice of the fleet: at most eight replicas."]),
+    )
+
+
+def _headline(found: Fleet, rate: float) -> Iterator[str]:
+    whole = [(sum(pool.replicas for pool in pools), name, pools) for name, pools in found.checked]
+    count, name, _ = min(whole, key=lambda one: one[0])
+    price = "" if found.usd_per_hour is None else f", {kusd_per_year(count, found.usd_per_hour):,.0f} k$ a year"
+    devices = count * found.devices
+    yield f"RECOMMENDED: {name}, {count:,} replicas, {devices:,} devices{price}, for {rate:,.3g} requests/s."
+    for total, name, pools in whole:
         by = sum(pool.formula for pool in pools)
         worst = min(pool.first_kept for pool in pools)
-        said = f"{by:,} by the formulas keep {worst:.1%}" if total > by else f"the formulas' {by:,} hold"
-        lines.append(f"  simulated, {name}: {total:,} replicas, {total * found.devices:,} devices ({said})")
-    lines.append("  A slice of at most eight replicas is simulated, so a larger fleet queues a little less than that.")
-    return "\n".join(lines) + "\n"
+        yield f"  simulated, {name}: {total:,} replicas hold; the formulas say {by:,}, which keep {worst:.1%}."
+
+
+def _sure(found: Fleet, swings: Sequence[tuple[str, Checked]]) -> Iterator[str]:
+    yield "A slice of at most eight replicas is simulated, so a larger fleet queues a little less than that."
+    yield "Counts are found to a tenth. Prices of steps are the cost model's at catalogue peaks, not measured."
+    for name, one in swings:
+        yield f"{name}: {one.replicas:,} replicas in one pool"
+
+
+def _work(found: Fleet) -> Iterator[str]:
+    service = found.one.service
+    yield "slots = min(most x 8192 / context, KV blocks / blocks of a context)"
+    yield "seconds in a slot = (chunks + output) x (step + row x rows + slots x prompts' seconds a step)"
+    yield "p99 wait = ln(C / 0.01) / (2 (servers x rate of one - arrivals) / (1 + cv^2)), C by Erlang; 85 % busy"
+    yield (
+        f"one pool: {service.slots} slots, {service.per_s:.3g} requests/s a replica, cv^2 {service.cv2:.2f}, prefill "
+        f"{service.prefill_s:.3f} s"
+    )
+
+
+def swings_of(scenario: Scenario, rate: float, found: Fleet) -> list[tuple[str, Checked]]:
+    """One pool again, with one thing at a time 10 % worse."""
+    start, (_, (pool,)) = scenario.rate(), found.checked[0]
+    answers = []
+    for name, there in worse(scenario):
+        arrivals = list(there.arrivals())
+        answers.append((name, checked_pool(there, arrivals, rate / start, pool.replicas)))
+    return answers
 
 
 def _row(
@@ -163,7 +231,7 @@ def _row(
     late = ["-" if ttft is None else f"{1e3 * ttft:,.0f}" for ttft in ttfts]
     price = found.usd_per_hour
     year = "-" if price is None else f"{kusd_per_year(replicas, price):,.0f}"
-    return [f"  {name}", *shown, f"{replicas:,}", f"{replicas * found.devices:,}", year, *late]
+    return [name, *shown, f"{replicas:,}", f"{replicas * found.devices:,}", year, *late]
 
 
 def needs_slo(ttft_s: float | None) -> float:

@@ -40,6 +40,7 @@ class Profile:
     kv_blocks: int
     most_slots: int  # at 8192 tokens each
     block_tokens: int = 16
+    prompt_token_s: float = 0.0  # that every prompt token adds to the step it is computed in; published profiles: none
 
     def slots(self, context: int) -> int:
         """Requests side by side when each may have `context` tokens."""
@@ -48,10 +49,13 @@ class Profile:
     def step(self, rows: int, context: float = CONTEXT) -> float:
         return self.step_s + self.row_s * context / CONTEXT * rows
 
-    def service_s(self, pair: Pair, slots: int) -> float:
-        """One request's time in its slot while all others are taken."""
-        prompt, output = pair
-        return (ceil(prompt / self.chunk_tokens) + output) * self.step(slots, prompt + output)
+    def steps(self, pair: Pair) -> int:
+        """That a request takes part in."""
+        return ceil(pair[0] / self.chunk_tokens) + pair[1]
+
+    def service_s(self, pair: Pair, slots: int, others_s: float = 0.0) -> float:
+        """One request's time in its slot while all others are taken; `others_s` is what prompts add to every step."""
+        return self.steps(pair) * (self.step(slots, sum(pair)) + others_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +73,13 @@ class Service:
         slots = profile.slots(context)
         if slots < 1:
             raise NoFleet(f"not even one request of {context:,} tokens fits on a device")
-        times = [profile.service_s(pair, slots) for pair in pairs]
+        prompts = sum(prompt for prompt, _ in pairs) * profile.prompt_token_s
+        others_s = slots * prompts / sum(map(profile.steps, pairs))
+        times = [profile.service_s(pair, slots, others_s) for pair in pairs]
         mean = sum(times) / len(times)
         square = sum(time * time for time in times) / len(times)
-        prefill_s = sum(ceil(prompt / profile.chunk_tokens) * profile.step(1) for prompt, _ in pairs) / len(pairs)
+        chunks = sum(ceil(prompt / profile.chunk_tokens) for prompt, _ in pairs)
+        prefill_s = (chunks * profile.step(1) + prompts) / len(pairs)
         return cls(slots, slots / mean, max(0.01, square / mean**2 - 1), prefill_s)
 
     def wait_s(self, devices: int, rate: float, tail: float = 0.01) -> float:

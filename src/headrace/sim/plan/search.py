@@ -271,7 +271,7 @@ def swings(found: Found, each: Each) -> tuple[Swing, ...]:
     best = found.best
     if best is None:
         return ()
-    there = list(_worse(replace(found.scenario, simulate=best.plan.simulate)))
+    there = list(worse(replace(found.scenario, simulate=best.plan.simulate)))
     idle = idle_w(best.plan.simulate.hardware, best.plan.simulate.replicas)
     questions = [encoded(Question(scenario, found.demand.requests, idle)) for _, scenario in there]
     answers = {at: msgspec.json.decode(answer, type=Outcome) for at, answer in each(judged, questions)}
@@ -282,7 +282,7 @@ def swings(found: Found, each: Each) -> tuple[Swing, ...]:
     )
 
 
-def _worse(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
+def worse(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
     from headrace.sim.scenario import convention, placement
 
     usual, counted = scenario.simulate, convention(scenario.simulate)
