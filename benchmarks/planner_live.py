@@ -3,7 +3,8 @@ the planner from a calibration of this machine, then measured on the live engine
 
 Run alone on the machine, 11 to 15 minutes: python benchmarks/planner_live.py
 
-    steps | three questions | steps | three questions | steps ...     prices of three: the steps on their two sides
+    calibration | pulse | question | pulse | question | ... | pulse | calibration      see benchmarks/accuracy.py
+                   '---- level ----'
 
     planner   bisection of the rate in virtual time, the same requests coming faster or slower
     live      the same requests through the same scheduler in front of the real executor, first at the planner's rate,
@@ -11,9 +12,10 @@ Run alone on the machine, 11 to 15 minutes: python benchmarks/planner_live.py
               stress is the 90th percentile of "what it took over what was promised"; the answer is the median of the
               rates at which the lines through a run that held and one that did not pass 1
 
-The planner sees steps that were measured by themselves and nothing of any question. Shared machines drift, so steps are
-measured on both sides of every three questions, and their drift is told. Bound: 11 of 12 within 15 %, no answer more
-than 10 % above what the live engine holds.
+The planner sees steps that were measured by themselves and nothing of any question. Shared machines drift, so a
+few steps are measured between questions (a pulse): those on both sides of a question say how fast the machine was,
+which the table tells as its level. Bound: 11 of 12 within 15 %, no answer more than 10 % above what the live engine
+holds.
 """
 
 from __future__ import annotations
@@ -26,14 +28,13 @@ from itertools import product
 from math import ceil, exp, inf, log, sqrt
 from statistics import median
 
-from accuracy import FLAGS, Life, Used, drift_of, imagine, play, site_of, steps_now
+from accuracy import EXTENT, FLAGS, PULSE, Life, Prices, Used, imagine, play, steps_now
 
 from headrace.cli.assemble import Phases, add_model
 from headrace.cli.calibrate import Live, open_live
 from headrace.core import clock
 from headrace.core.config import EngineSettings
 from headrace.core.types import SLO
-from headrace.sim.measure import Step
 from headrace.sim.run import Site
 from headrace.workload import streams
 from headrace.workload.arrival import Arrival
@@ -68,8 +69,8 @@ TRAFFIC: dict[str, tuple[str, SLO]] = {
     "chat, 0.08 s a token": ("16:120,8:48", SLO(ttft_s=4.0, tpot_s=0.08)),
     "long prompts, 3 s": ("64:400,8:24", SLO(ttft_s=3.0)),
 }
-GROUPS = tuple(
-    tuple(Question(f"{setting}; {what}", SETTINGS[setting], *TRAFFIC[what]) for what in TRAFFIC) for setting in SETTINGS
+QUESTIONS = tuple(
+    Question(f"{setting}; {what}", SETTINGS[setting], *TRAFFIC[what]) for setting, what in product(SETTINGS, TRAFFIC)
 )
 
 
@@ -89,6 +90,8 @@ class Row:
     name: str
     planned: float
     live: Measured
+    level: float  # of the machine, 1 on average: its steps took so many times as long
+    others: float  # of the machine, meanwhile
 
     @property
     def error(self) -> float:
@@ -184,40 +187,44 @@ def played(live: Live, asked: Question, priced: Site, seconds: float, most: int)
     print(f"  {asked.name}: {len(rows)} requests, planned {first:.2f}/s", flush=True)
 
     def ask(rate: float) -> float:
-        took = stress(clock.run(play(there, at_rate(rows, rate), 1)).lives, asked.slo, len(rows))
+        took = stress(clock.run(play(there, at_rate(rows, rate), 1))[0], asked.slo, len(rows))
         print(f"    live at {rate:.2f}/s: {took:.2f} of the promise", flush=True)
         return took
 
     return rows, measured(ask, first, most)
 
 
-def answered(
-    live: Live, questions: Sequence[Question], before: list[Step], seconds: float, most: int
-) -> tuple[list[Row], list[Step]]:
-    """Some questions, and the steps measured after them. The planner's answers rest on the steps of both sides."""
-    used, priced = Used.now(), site_of(live, before)
-    found = [(one, *played(live, one, priced, seconds, most)) for one in questions]
-    others = Used.now().others_since(used)
-    after = steps_now(live)
-    both = site_of(live, [*before, *after])
-    rows = [Row(one.name, planned(both, under(live, one), asked, one.slo), said) for one, asked, said in found]
-    print(
-        f"  steps {drift_of(before, after):+.1%} from before to after; others used {others:.1%} of the machine",
-        flush=True,
-    )
-    return rows, after
+def answers(live: Live, questions: Sequence[Question], args: argparse.Namespace) -> list[Row]:
+    """All of them. The planner's answers rest on the calibrations and on the pulses on both sides of each."""
+    steps_now(live, PULSE)  # the first steps touch memory for the first time
+    begun_s, found = clock.perf(), []
+    calibrations, pulses = [steps_now(live, EXTENT)], [steps_now(live, PULSE)]
+    for number, one in enumerate(questions):
+        late = clock.perf() - begun_s > 60 * args.minutes * (number + 0.5) / len(questions)
+        prices, used = Prices.of(live, calibrations, pulses), Used.now()
+        said = played(live, one, prices.site(live, prices.levels[-1]), args.seconds, LATE_RUNS if late else RUNS)
+        found.append((one, *said, Used.now().others_since(used)))
+        pulses.append(steps_now(live, PULSE))
+    calibrations.append(steps_now(live, EXTENT))
+    prices, rows = Prices.of(live, calibrations, pulses), []
+    for number, (one, asked, said_live, others) in enumerate(found):
+        level = sum(prices.levels[number : number + 2]) / 2
+        rate = planned(prices.site(live, level), under(live, one), asked, one.slo)
+        rows.append(Row(one.name, rate, said_live, level, others))
+    return rows
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [f"{'question':44} {'planned/s':>10} {'live/s':>8} {'error':>8}  runs"]
+    lines = [f"{'question':44} {'planned/s':>10} {'live/s':>8} {'error':>8}  {'level':>5} {'others':>6}  runs"]
     lines += [
-        f"{row.name:44} {row.planned:10.2f} {row.live.rate:8.2f} {row.error:+8.1%}  {len(row.live.runs)}"
+        f"{row.name:44} {row.planned:10.2f} {row.live.rate:8.2f} {row.error:+8.1%}  {row.level:5.2f} {row.others:6.1%}  "
+        f"{len(row.live.runs)}"
         f"{' (live ' + row.live.found + ' that)' if row.live.found else ''}"
         for row in rows
     ]
     near = sum(abs(row.error) <= WITHIN for row in rows)
     unsafe = sum(row.error > UNSAFE for row in rows)
-    fine = near >= NEEDED * len(rows) / sum(map(len, GROUPS)) and not unsafe
+    fine = near >= NEEDED * len(rows) / len(QUESTIONS) and not unsafe
     lines.append(
         f"{near} of {len(rows)} within {WITHIN:.0%}, {unsafe} unsafe by more than {UNSAFE:.0%}: "
         f"{'within' if fine else 'NOT within'} the bounds"
@@ -231,18 +238,11 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="only questions whose name has this in it")
     parser.add_argument("--seconds", type=float, default=12.0, help="of arrivals in a live run (default: 12)")
     parser.add_argument(
-        "--minutes", type=float, default=14.0, help="that all may take; fewer live runs if it gets late"
+        "--minutes", type=float, default=14.0, help="that all may take, with fewer live runs if need be"
     )
     args = parser.parse_args([*FLAGS, *sys.argv[1:]])
-    begun_s = clock.perf()
-    live = open_live(args, Phases())
-    steps_now(live)  # the first steps touch memory for the first time
-    steps, rows = steps_now(live), list[Row]()
-    groups = [[one for one in group if args.only in one.name] for group in GROUPS]
-    for number, group in enumerate(filter(None, groups)):
-        late = clock.perf() - begun_s > 60 * args.minutes * (number + 0.5) / len(GROUPS)
-        more, steps = answered(live, group, steps, args.seconds, LATE_RUNS if late else RUNS)
-        rows += more
+    begun_s, live = clock.perf(), open_live(args, Phases())
+    rows = answers(live, [one for one in QUESTIONS if args.only in one.name], args)
     clock.run(live.loaded.executor.close())
     print(f"{table(rows)}\n{(clock.perf() - begun_s) / 60:.1f} minutes")
     return 0

@@ -105,9 +105,9 @@ def run_live(live: Live, text: str, scenario: Scenario, piece: Slice) -> float:
     settings = config.load(EngineSettings, None, tomllib.loads(text))
     ready = replace(live, settings=settings, token_budget=token_budget(settings, live.loaded.steps))
     arrivals = list(streams.between(scenario.arrivals(), piece.start_s, piece.end_s))
-    played = clock.run(play(ready, arrivals, 1))
+    lives, _, _ = clock.run(play(ready, arrivals, 1))
     promise = parse_slo(scenario.traffic[0].slo) or SLO()
-    return sum(kept(life, promise) for life in played.lives) / piece.seconds
+    return sum(kept(life, promise) for life in lives) / piece.seconds
 
 
 def kept(life: Life, promise: SLO) -> bool:

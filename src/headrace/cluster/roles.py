@@ -9,6 +9,7 @@ its KV may move. Pure functions over frozen views; the simulator and a live flee
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 from headrace.cluster.view import ReplicaView
 from headrace.core.types import HeadraceError
@@ -47,7 +48,7 @@ def accepts(view: ReplicaView, blocks: int) -> bool:
 
 def instances(rate: float, per_prefill: float, per_decode: float) -> tuple[int, int]:
     """The fewest (prefill, decode) instances for so many requests per second, when one serves so many of its phase."""
-    return max(1, -int(-rate // per_prefill)), max(1, -int(-rate // per_decode))
+    return max(1, ceil(rate / per_prefill - 1e-9)), max(1, ceil(rate / per_decode - 1e-9))
 
 
 def balance(per_prefill: float, per_decode: float, sizes: tuple[int, int], most: int = 4) -> tuple[int, int]:
