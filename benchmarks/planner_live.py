@@ -217,8 +217,8 @@ def answers(live: Live, questions: Sequence[Question], args: argparse.Namespace)
 def table(rows: Sequence[Row]) -> str:
     lines = [f"{'question':44} {'planned/s':>10} {'live/s':>8} {'error':>8}  {'level':>5} {'others':>6}  runs"]
     lines += [
-        f"{row.name:44} {row.planned:10.2f} {row.live.rate:8.2f} {row.error:+8.1%}  {row.level:5.2f} {row.others:6.1%}  "
-        f"{len(row.live.runs)}"
+        f"{row.name:44} {row.planned:10.2f} {row.live.rate:8.2f} {row.error:+8.1%}  {row.level:5.2f} "
+        f"{row.others:6.1%}  {len(row.live.runs)}"
         f"{' (live ' + row.live.found + ' that)' if row.live.found else ''}"
         for row in rows
     ]
