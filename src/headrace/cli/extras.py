@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from headrace.cli.assemble import Assembled, Phases
 from headrace.core import clock, config
-from headrace.core.config import GatewaySettings
+from headrace.core.config import BadSetting, GatewaySettings
 from headrace.core.ports import Service
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from headrace.gateway.card import Card
     from headrace.gateway.embedding import Words
     from headrace.gateway.endpoints import Extras
+    from headrace.gateway.explaining import Tracing
     from headrace.gateway.keys import Guard
     from headrace.gateway.models import Model
     from headrace.gateway.state.database import Database
@@ -41,8 +42,19 @@ def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases, 
     batcher, words, cards = found if found else (None, None, ())
     database = open_database(assembled.name, settings)
     phase.done()
-    book = Book(assembled.explanations, settings.explained)
+    book = Book(assembled.explanations, settings.explained, tracing_of(settings))
     return Beside(Extras(batcher, words, database, cards, book, guard), batcher)
+
+
+def tracing_of(settings: GatewaySettings) -> Tracing | None:
+    """Raises BadSetting where spans are asked for and the extra is not installed."""
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from headrace.gateway.traces import Traces
+    except ImportError as error:
+        raise BadSetting("--otlp-endpoint needs OpenTelemetry: pip install 'headrace[otel]'") from error
+    return Traces.to(settings.otlp_endpoint)
 
 
 def model_of(assembled: Assembled, service: Service, settings: GatewaySettings) -> Model:

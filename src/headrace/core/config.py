@@ -181,6 +181,9 @@ class GatewaySettings:
     grammar_timeout_s: float = setting(5.0, "seconds that compiling one schema or grammar may take")
     drain_timeout_s: float = setting(30.0, "seconds that running requests get after SIGTERM")
     explained: int = setting(1000, "finished requests that the server can still explain")
+    otlp_endpoint: str | None = setting(
+        None, "send OpenTelemetry spans of requests to this collector, such as http://localhost:4318"
+    )
     record: Path | None = setting(
         None, "write when requests came, how long they were and what they shared to this file, never what they said"
     )

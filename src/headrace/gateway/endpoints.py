@@ -52,6 +52,7 @@ class Extras:
     guard: Guard = field(default_factory=Guard)  # asks for keys, if there are any
 
     def close(self) -> None:
+        self.book.close()
         if self.words is not None:
             self.words.close()
         if self.database is not None:

@@ -8,10 +8,10 @@ requests; an admin, or anybody where there are no keys, sees all.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -49,12 +49,30 @@ class Note:
     refused: str | None = None  # why it ended before it was queued, or without an answer
 
 
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """The HTTP request that a call came with, when it is over."""
+
+    path: str
+    status: int | None  # None: its answer never began
+    headers: Mapping[str, str]
+
+
+class Tracing(Protocol):
+    """Tells somebody else of calls; see `traces`."""
+
+    def tell(self, note: Note, visit: Visit, records: Sequence[Record]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Book:
     """All that is remembered."""
 
     explanations: Explanations = field(default_factory=Explanations)
     keep: int = 1000
+    tracing: Tracing | None = None
     _notes: OrderedDict[str, Note] = field(default_factory=OrderedDict)  # by the call's id, the oldest first
     _names: dict[tuple[str, str], str] = field(default_factory=dict)  # (tenant, x-request-id or choice) -> call's id
 
@@ -96,6 +114,15 @@ class Book:
         """Of the choice that took longest."""
         spent = [told.times(self.explanations, record, now) for record in self.records(note)]
         return max(spent, key=lambda one: one.queue_s + one.prefill_s + one.decode_s, default=None)
+
+    def visited(self, note: Note, visit: Visit) -> None:
+        """Its answer has been sent, or its client is gone."""
+        if self.tracing is not None:
+            self.tracing.tell(note, visit, self.records(note))
+
+    def close(self) -> None:
+        if self.tracing is not None:
+            self.tracing.close()
 
     def check(self) -> None:
         live = sum(note.end_s is None for note in self._notes.values())

@@ -15,7 +15,7 @@ from headrace.core.explain.told import Times
 from headrace.core.types import HeadraceError, Usage
 from headrace.gateway.chain import Call, Ended, Event, Handler, Piece, closing, request_ids
 from headrace.gateway.errors import LOG, Refused
-from headrace.gateway.explaining import Book, Note
+from headrace.gateway.explaining import Book, Note, Visit
 
 _QUIET = ("/health", "/metrics", "/v1/requests", "/v1/steps", "/page", "/openapi.json")  # asked every few seconds
 
@@ -72,9 +72,12 @@ def _about(note: Note, book: Book, usage: Usage, outcome: str) -> Iterator[str]:
 
 
 def visited(book: Book, scope: Scope, began_s: float, status: int | None) -> None:
-    """A line about an HTTP request that was no call, or was refused before it became one. The query is left out: some
-    clients put keys there. What pages and probes ask every few seconds is worth a line only if it fails."""
-    if note_of(book, scope, began_s) is not None:
+    """An HTTP request is over: a line, if it was no call, or was refused before it became one. The query is left out,
+    because some clients put keys there. What is asked every few seconds is worth a line only if it fails."""
+    note = note_of(book, scope, began_s)
+    if note is not None:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        book.visited(note, Visit(scope["path"], status, headers))
         return
     path, failed = scope["path"], status is None or status >= 400
     quiet = not failed and scope["method"] in ("GET", "HEAD") and path.startswith(_QUIET)
