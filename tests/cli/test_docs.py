@@ -57,7 +57,7 @@ def test_commands_in_the_documents_parse(document: Path) -> None:
 def test_files_and_targets_in_the_documents_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"`?make ([a-z-]+)", text):
+    for target in re.findall(r"(?:`|^|&& )make ([a-z-]+)", text, re.MULTILINE):
         assert f"\n{target}:" in makefile, f"{document.name} tells of `make {target}`"
     for path in re.findall(r"`((?:benchmarks|docs|scripts|tests)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).exists(), f"{document.name} names {path}"

@@ -12,7 +12,7 @@ from headrace.core.explain.told import Cause, Explanation, Other, Phase, Times, 
 
 _NOTABLE_S = 0.005  # what is shorter explains nothing
 _MISSED = {
-    seen.FIRST: "nobody had sent this text before",
+    seen.FIRST: "this text had not been sent before",
     seen.EVICTED: "it had been in the cache and had to make room",
     seen.UNDER_WAY: "the same text was still being computed for another request",
     seen.OTHER_SALT: "the same beginning was sent before with another cache salt, model or adapter",
@@ -81,14 +81,18 @@ def _queued(one: Explanation, phase: Phase, first: bool) -> Iterator[str]:
 def _reasons(phase: Phase) -> Iterator[str]:
     """Why somebody stood in the queue."""
     if phase.prompts_s >= _NOTABLE_S:
-        yield f"{seconds(min(phase.prompts_s, phase.seconds))} of it while {_prompts(phase)} computed"
+        yield f"{_part(phase.prompts_s, phase.seconds)} while {_prompts(phase)} computed"
     for held_s, what in (
         (phase.places_s, "all places for running requests were taken"),
         (phase.memory_s, "too little memory for KV was free"),
         (phase.policy_s, "the admission policy held it back"),
     ):
         if held_s >= _NOTABLE_S:
-            yield f"{seconds(min(held_s, phase.seconds))} of it because {what}"
+            yield f"{_part(held_s, phase.seconds)} because {what}"
+
+
+def _part(some_s: float, whole_s: float) -> str:
+    return "all of it" if some_s >= 0.98 * whole_s else f"{seconds(some_s)} of it"
 
 
 def _prompts(phase: Phase) -> str:
@@ -131,12 +135,13 @@ def _prefilled(one: Explanation, phase: Phase) -> Iterator[str]:
     first = phase is next(other for other in one.phases if other.kind == PREFILL)
     if first:
         yield _found(one)
-    doing = "is being" if phase is one.phases[-1] and one.finish is None else "was"
-    what = f"{count(tokens, 'token')} {'of the prompt ' if first else 'of what it had before '}"
+    what = f"{count(tokens, 'token')} {'of the prompt' if first else 'of what it had before'}"
+    doing = "was" if tokens == 1 else "were"
+    so_far = " so far" if phase is one.phases[-1] and one.finish is None else ""
     more = ""
     if phase.prompts_s >= max(_NOTABLE_S, 0.05 * phase.seconds):
         more = f"; {seconds(min(phase.prompts_s, phase.seconds))} of that went to {_beside(phase)}"
-    yield f"{what}{doing} computed in {count(steps, 'step')}, {seconds(phase.seconds)}{more}."
+    yield f"{what} {doing} computed in {count(steps, 'step')}{so_far}, {seconds(phase.seconds)}{more}."
 
 
 def _beside(phase: Phase) -> str:
