@@ -6,7 +6,7 @@
 # make peers     llama.cpp and OpenVINO in an environment of their own, for benchmarks/peers.py; some minutes
 # make clients   the official clients, each in an environment of its own, against a real server
 # make conformance  20,000 requests that schemathesis makes of /openapi.json, against a real server; some minutes
-# make reliability  what is promised of a server that stays up, measured: benchmarks/reliability; some minutes
+# make reliability  what is promised of a server that stays up, measured: benchmarks/reliability; some minutes, and 20 for R7
 # make fuzz      50,000 mutants of model files: opened, or refused with the one error; some minutes
 # make check     ruff, mypy --strict, the rooms and the sizes
 PYTHON ?= python3

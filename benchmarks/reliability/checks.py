@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import soak
+
 from reliability import control_plane, drain, startup, worker
 from reliability.check import Check
 
@@ -9,6 +11,7 @@ CHECKS: dict[str, Check] = {
     "R2": worker.killed,
     "R4": worker.hung,
     "R5": drain.drained,
+    "R7": soak.soaked,
     "R12": control_plane.answers,
     "R18": startup.starts,
 }
