@@ -22,6 +22,7 @@ from headrace.cli.extras import Beside, model_of, open_beside
 from headrace.core import clock
 from headrace.core.config import GatewaySettings, load
 from headrace.gateway.app import application
+from headrace.gateway.keys import Guard
 from headrace.gateway.models import Models
 from headrace.gateway.server import serve
 
@@ -48,7 +49,7 @@ def serving(folder: Path, *flags: str) -> Iterator[str]:
     args = parser().parse_args(["serve", str(folder), "--port", "0", *flags])
     settings = load(GatewaySettings, args, {})
     assembled = assemble(args, {}, Phases(), "tiny", gateway=settings)
-    beside = open_beside(assembled, settings, Phases())
+    beside = open_beside(assembled, settings, Phases(), Guard())
     listening = threading.Event()
     found: dict[str, Any] = {}
 
