@@ -29,6 +29,9 @@ def newest_first(batch: BatchView) -> Generator[Share, int, None]:
     yield Share(batch.prefilling[::-1], left)
 
 
+PRICE = (0.01, 0.001)  # seconds of a step, and of each token of it, as measured before
+
+
 class Recorder:
     """Keeps every event, and passes it on if somebody listens."""
 
@@ -68,6 +71,7 @@ class Rig:
         host_blocks: int = 0,
         least_copied_blocks: int = 1,
         drafts: int = 0,  # at most so many, of a `seer`
+        follows: bool = False,  # the token budget follows the steps, all of which take as long
         **more: Any,
     ) -> None:
         context = min(context, blocks * block_tokens)
@@ -83,7 +87,7 @@ class Rig:
             self.capacity,
             token_budget=budget,
             observer=self.recorder,
-            policies=replace(choose(settings, predict=Measured(0.01, 0.001)), **policies),
+            policies=replace(choose(settings, predict=Measured(*PRICE), step_s=PRICE if follows else None), **policies),
         )
         self.executor = NullExecutor(self.capacity)
         self.now = 0.0

@@ -315,3 +315,26 @@ def test_filler_comes_after_all_others_whenever_it_came() -> None:
     rig.add(make_request("batch", prompt(4, 1), 2, priority=-PRIORITY_LEVELS), make_request("other", prompt(4, 2), 2))
     assert steps(rig, 1) == [[("other", 4)]]
     rig.drain()
+
+
+def first_tokens(preemption: str) -> tuple[int, int]:
+    """After how many steps an urgent request draws that came while a long prompt was begun, and the long one."""
+    rig = Rig(256, 8, block_tokens=16, context=400, ordering="priority", preemption=preemption)
+    rig.add(make_request("long", prompt(300, 1), 2, 16))
+    steps(rig, 2)
+    rig.add(make_request("urgent", prompt(20, 2), 2, 16, priority=3, arrival_s=rig.now))
+    after: dict[str, int] = {}
+    for count in range(1, 60):
+        rig.step()
+        for name in ("long", "urgent"):
+            if rig.tokens(name):
+                after.setdefault(name, count)
+    rig.drain()
+    return after["urgent"], after["long"]
+
+
+def test_who_may_displace_others_overtakes_the_prompts_they_have_begun() -> None:
+    """Twenty tokens in steps of eight are three steps; behind the long prompt it would be its thirty-six and more."""
+    assert first_tokens("priority") == first_tokens("swap") == (3, 39)
+    waited, _ = first_tokens("last-arrived")
+    assert waited > 30

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -17,7 +18,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from headrace.core import events
 from headrace.core.types import SLO, FinishReason, Overloaded
-from headrace.engine.policy import ADMISSIONS, BATCHES, LANES, ORDERINGS, PREEMPTIONS, PoolView, RequestView
+from headrace.engine import policy
+from headrace.engine.policy import (
+    ADMISSIONS,
+    BATCHES,
+    CONTROLLERS,
+    DRAFTERS,
+    LANES,
+    ORDERINGS,
+    PREEMPTIONS,
+    PoolView,
+    RequestView,
+)
 
 ANYTHING = settings(
     derandomize=True, deadline=None, max_examples=120, stateful_step_count=40, suppress_health_check=list(HealthCheck)
@@ -55,6 +67,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         host_blocks=st.sampled_from([0, 0, 3, 9, 40]),
         least_copied_blocks=st.sampled_from([1, 1, 1, 2]),
         lanes=st.sampled_from(["one", *LANES]),
+        follows=st.booleans(),
+        speculate=st.sampled_from(list(DRAFTERS)),
+        draft_control=st.sampled_from(list(CONTROLLERS)),
     )
     def start(self, **choices: Any) -> None:
         if choices["lanes"] != "one":
@@ -149,12 +164,18 @@ def test_every_pair_of_policies_is_tried() -> None:
         assert {(choice[one], choice[other]) for choice in tried} >= set(itertools.product(sides[one], sides[other]))
 
 
-def crowd(seed: int, choices: tuple[Any, Any, Any, Any], tiered: bool = False, lanes: str = "one") -> Rig:
+def test_no_policy_is_left_out() -> None:
+    """These lives draw from the dicts themselves, so a new name is in them; a new dict would not be."""
+    dicts = {name for name, value in vars(policy).items() if name.isupper() and isinstance(value, Mapping)}
+    assert dicts == {"ORDERINGS", "ADMISSIONS", "BATCHES", "PREEMPTIONS", "DRAFTERS", "CONTROLLERS", "LANES"}
+
+
+def crowd(seed: int, choices: tuple[Any, Any, Any, Any], tiered: bool = False, **more: Any) -> Rig:
     """Eight requests at a time in a dozen blocks: most steps preempt, share or finish somebody."""
     rng = random.Random(seed)
     names = ("ordering", "admission", "batch", "preemption")
     cuts: dict[str, Any] = {"layers": 5 if choices[2] == "layered" else 1, "host_blocks": 20 if tiered else 0}
-    cuts |= {"drafts": rng.choice([0, 2, 6]), "lanes": lanes, **dict(zip(names, choices, strict=True))}
+    cuts |= {"drafts": rng.choice([0, 2, 6]), **dict(zip(names, choices, strict=True)), **more}
     rig = Rig(12, rng.choice([3, 9, 30]), context=40, max_running=8, **cuts)
     for number in range(40):
         prompt = [*rng.choice(PREFIXES), *rng.choices(range(2), k=rng.randint(0, 5))]
@@ -206,3 +227,29 @@ def test_crowds_in_two_lanes(lanes: str, batch: Any) -> None:
     assert used["preempted"] > 5
     assert beside > 150
     assert crowd(seed, choices, lanes=lanes).recorder.events == rig.recorder.events, "a replay took another course"
+
+
+@pytest.mark.parametrize("control", CONTROLLERS)
+@pytest.mark.parametrize("speculate", DRAFTERS)
+def test_crowds_that_draft(speculate: str, control: str) -> None:
+    drafted = 0
+    for seed, ordering in ((2, "vtc"), (3, "fcfs"), (9, "markov")):  # lives in which somebody repeats himself
+        choices = (ordering, anybody, "chunked", "last-arrived" if ordering == "fcfs" else "swap")
+        rig = crowd(seed, choices, drafts=0, speculate=speculate, draft_control=control)
+        drafted += rig.executor.drafted
+        assert sum(rig.finish(name) is FinishReason.LENGTH for name in rig.requests) > 20
+    assert (drafted > 0) == (speculate != "off")
+
+
+@pytest.mark.parametrize("batch", [*BATCHES, newest_first], ids=lambda one: getattr(one, "__name__", one))
+def test_crowds_whose_budget_follows(batch: Any) -> None:
+    """Steps take four times the target whatever is in them, so that the budget falls to its floor."""
+    sizes: list[int] = []
+    for seed, (ordering, preemption) in enumerate(
+        [("fcfs", "last-arrived"), ("priority", "priority"), ("vtc", "swap")]
+    ):
+        rig = crowd(seed, (ordering, anybody, batch, preemption), follows=True)
+        sizes += [plan.tokens for plan in rig.plans]
+        assert sum(rig.finish(name) is FinishReason.LENGTH for name in rig.requests) > 20
+    assert crowd(seed, (ordering, anybody, batch, preemption), follows=True).recorder.events == rig.recorder.events
+    assert max(sizes) > 16

@@ -50,12 +50,12 @@ class Deaf:
 def record(seed: int, lanes: str, ordering: str) -> tuple[bytes, int]:
     rng, file = random.Random(seed), io.BytesIO()
     capacity = Capacity(14, 4, 48, 50)
-    setting = EngineSettings(block_tokens=4, max_running=6, lanes=lanes, ordering=ordering)
+    setting = EngineSettings(block_tokens=4, max_running=6, lanes=lanes, ordering=ordering, inter_token_ms=25.0)
     executor = Uneven(capacity, failing=frozenset({17}))
     executor.rng = rng
     told = Deaf()
     recorder = Recorder(executor, told, file.write, settings=setting, token_budget=16, step_s=(0.01, 0.001))
-    policies = choose(setting, predict=Measured(0.01, 0.001))
+    policies = choose(setting, predict=Measured(0.01, 0.001), step_s=(0.01, 0.001))
     scheduler = Scheduler(setting, capacity, token_budget=16, observer=recorder, policies=policies)
     engine = Engine("recorded", scheduler, recorder)
 
@@ -89,6 +89,16 @@ def test_a_recording_of_two_lanes_replays_to_the_same_plans(lanes: str, ordering
     assert len(replayed.digests) == recorded.count(b'"type":"plan"') > 100
     assert recorded.count(b'"lane":1') > 30
     assert preempted > 2
+
+
+@pytest.mark.parametrize("ordering", ["fcfs", "vtc"])
+def test_a_budget_that_follows_the_steps_replays_to_the_same_plans(ordering: str) -> None:
+    recorded, _ = record(5, "one", ordering)
+    replayed = replay.check(read(io.BytesIO(recorded)))
+    assert replayed.difference is None
+    assert len(replayed.digests) == recorded.count(b'"type":"plan"') > 60
+    fixed = recorded.replace(b'"step_s":[0.01,0.001]', b'"step_s":null')
+    assert replay.check(read(io.BytesIO(fixed))).difference is not None, "the durations decided nothing"
 
 
 def test_a_recording_that_was_changed_is_told() -> None:

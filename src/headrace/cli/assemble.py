@@ -79,6 +79,7 @@ class Assembled:
     metrics: Metrics
     loaded: Loaded
     token_budget: int
+    follows: bool  # the budget is what steps allow, and this one the first
     checkpoint: Checkpoint
     grammars: Grammars
     explanations: Explanations
@@ -115,7 +116,7 @@ def assemble(
     explanations = explanations or Explanations(gateway.explained)  # one for all models of a server
     told = Both(metrics, explanations.observer(served_name or args.model))
     executor, observer = watched(loaded.executor, told, engine_settings, budget, price)
-    policies = choose(engine_settings, predict=Measured(*price))
+    policies = choose(engine_settings, predict=Measured(*price), step_s=price)
     scheduler = Scheduler(engine_settings, executor.capacity, token_budget=budget, observer=observer, policies=policies)
     name = served_name or (checkpoint.name if Path(args.model).exists() else args.model)
     engine = Engine(name, scheduler, executor)
@@ -124,7 +125,8 @@ def assemble(
     grammars = Grammars(vocabulary)
     loaded.executor.controls = Controls(grammars, loaded.executor.capacity.vocab)
     phase.done()
-    return Assembled(name, engine, text, metrics, loaded, budget, checkpoint, grammars, explanations)
+    follows = policies.budget is not None
+    return Assembled(name, engine, text, metrics, loaded, budget, follows, checkpoint, grammars, explanations)
 
 
 def open_model(model: str, phase: Phases) -> Checkpoint:
@@ -190,11 +192,12 @@ def summary(assembled: Assembled, phase: Phases) -> str:
     """What a person wants to know about a replica that just started."""
     loaded = assembled.loaded
     measured = ", ".join(f"{tokens} tokens in {1000 * seconds:.0f} ms" for tokens, seconds in loaded.steps)
+    limit = "at first" if assembled.follows else "at most"
     return "\n".join(
         [
             f"{assembled.name}, {loaded.dtype} and {loaded.kv} KV on {loaded.device.type} ({loaded.kernels}), ready in "
             f"{phase.elapsed_s:.1f} s",
             loaded.memory.table(),
-            f"  {'steps':12} {assembled.token_budget:>10} tokens at most (measured: {measured})",
+            f"  {'steps':12} {assembled.token_budget:>10} tokens {limit} (measured: {measured})",
         ]
     )

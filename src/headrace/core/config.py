@@ -79,7 +79,7 @@ class EngineSettings:
 
     block_tokens: int = setting(16, "tokens in one KV block")
     token_budget: int | None = setting(
-        None, "most tokens computed in one step; by default derived from --inter-token-ms and the measured step time"
+        None, "most tokens computed in one step; by default what --inter-token-ms allows, as measured step by step"
     )
     inter_token_ms: float = setting(
         250.0, "no step should take longer than this, so that streams keep flowing; larger gives more throughput"

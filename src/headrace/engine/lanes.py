@@ -8,13 +8,61 @@ are in flight and what waits for their ends; a policy of `policies.lanes` sets t
 
 from __future__ import annotations
 
-from headrace.core.step import SERIAL, Lane
-from headrace.engine.planner import EVERYBODY, Step
+from dataclasses import dataclass, field
+
+from headrace.core.step import SERIAL, Admitted, Beat, Lane, Work
+from headrace.core.types import BlockKey, RequestId
 from headrace.engine.policies.lanes import LanesView, Load, SharePolicy, Shares
 from headrace.engine.progress import Progress, State
 
 CATCH_UP, BEAT = 0, 1
+EVERYBODY = frozenset(State)
 _SERVED = (frozenset({State.WAITING, State.PREFILLING}), frozenset({State.DECODING}))
+
+
+@dataclass(slots=True)
+class Step:
+    """One step while it is planned, and then until it is committed."""
+
+    number: int
+    now: float
+    token_budget: int
+    decoding: tuple[Progress, ...]
+    beat: Beat | None = None
+    members: tuple[Progress, ...] = ()  # who is in the beat, in order
+    others: list[Work] = field(default_factory=list)
+    drafted: dict[Progress, tuple[int, ...]] = field(default_factory=dict)  # whose work goes on with these guesses
+    drawing: list[Progress] = field(default_factory=list)  # who samples in these
+    first: list[Progress] = field(default_factory=list)  # of these, who draw for the first time
+    admitted: list[Admitted] = field(default_factory=list)
+    fresh: list[BlockKey] = field(default_factory=list)  # named in this step: true only if it succeeds
+    tokens: int = 0
+    preempted: bool = False
+    favoured: Progress | None = None  # waits, and others yielded so that it can start
+    steps: int = 1  # how often the beat may be repeated
+    left: list[Progress] = field(default_factory=list)  # in flight: whatever they draw is nobody's
+    lane: int = 0
+    serves: frozenset[State] = EVERYBODY  # those whom its lane serves
+    beside: tuple[Step, ...] = ()  # in flight in other lanes while this one is planned
+    joined: list[RequestId] = field(default_factory=list)  # began to decode while this one was in flight
+    leaving: list[Progress] = field(default_factory=list)  # ended in flight, and still hold the blocks it writes
+    held: str = ""  # why the first that waits could not start, as `events.Planned` says it
+
+    @property
+    def empty(self) -> bool:
+        return not self.others and self.beat is None
+
+    def served(self, progress: Progress) -> bool:
+        """Whether a running request has had its turn, in this step or in one beside it. After the beat all who decode
+        have, but those it left out."""
+        if progress.served_step == self.number:
+            return True
+        if self.beat is not None and progress.pace is not None and progress.id not in self.beat.paused:
+            return progress.id not in self.joined
+        return bool(self.beside) and progress.running and any(step.served(progress) for step in self.beside)
+
+    def draws(self, progress: Progress) -> bool:
+        return progress in self.members or progress in self.drawing
 
 
 class Flights:

@@ -5,65 +5,24 @@ planning half of the scheduler, which owns it; keeps nothing from step to step b
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from itertools import takewhile
 
 from headrace.core import events
 from headrace.core.ports import Observer
 from headrace.core.step import Admitted, Beat, Block, Run, Work
-from headrace.core.types import BlockKey, RequestId
+from headrace.core.types import RequestId
 from headrace.engine.draft import Drafting
+from headrace.engine.lanes import EVERYBODY, Step
 from headrace.engine.memory import Memory
 from headrace.engine.policies.joints import DraftView
 from headrace.engine.policy import BatchView, Policies, PoolView, Share
 from headrace.engine.progress import Progress, State
 from headrace.engine.queue import Bounds, Lines
 
-EVERYBODY = frozenset(State)
 
-
-@dataclass(slots=True)
-class Step:
-    """One step while it is planned, and then until it is committed."""
-
-    number: int
-    now: float
-    token_budget: int
-    decoding: tuple[Progress, ...]
-    beat: Beat | None = None
-    members: tuple[Progress, ...] = ()  # who is in the beat, in order
-    others: list[Work] = field(default_factory=list)
-    drafted: dict[Progress, tuple[int, ...]] = field(default_factory=dict)  # whose work goes on with these guesses
-    drawing: list[Progress] = field(default_factory=list)  # who samples in these
-    first: list[Progress] = field(default_factory=list)  # of these, who draw for the first time
-    admitted: list[Admitted] = field(default_factory=list)
-    fresh: list[BlockKey] = field(default_factory=list)  # named in this step: true only if it succeeds
-    tokens: int = 0
-    preempted: bool = False
-    favoured: Progress | None = None  # waits, and others yielded so that it can start
-    steps: int = 1  # how often the beat may be repeated
-    left: list[Progress] = field(default_factory=list)  # in flight: whatever they draw is nobody's
-    lane: int = 0
-    serves: frozenset[State] = EVERYBODY  # those whom its lane serves
-    beside: tuple[Step, ...] = ()  # in flight in other lanes while this one is planned
-    joined: list[RequestId] = field(default_factory=list)  # began to decode while this one was in flight
-    leaving: list[Progress] = field(default_factory=list)  # ended in flight, and still hold the blocks it writes
-    held: str = ""  # why the first that waits could not start, as `events.Planned` says it
-
-    @property
-    def empty(self) -> bool:
-        return not self.others and self.beat is None
-
-    def served(self, progress: Progress) -> bool:
-        """Whether a running request has had its turn, in this step or in one beside it. After the beat all who decode
-        have, but those it left out."""
-        if progress.served_step == self.number:
-            return True
-        if self.beat is not None and progress.pace is not None and progress.id not in self.beat.paused:
-            return progress.id not in self.joined
-        return bool(self.beside) and progress.running and any(step.served(progress) for step in self.beside)
-
-    def draws(self, progress: Progress) -> bool:
-        return progress in self.members or progress in self.drawing
+def _ahead(some: Sequence[Progress], other: Progress) -> Sequence[Progress]:
+    """The first of some that are in order: those who precede another one."""
+    return list(takewhile(lambda one: one.order < other.order, some))
 
 
 # What a request took for its next tokens, as `Work` tells of it: (blocks appended to its table, blocks replaced in it).
@@ -92,6 +51,7 @@ class Planner:
         self._lines = lines
         self._memory = memory
         self._drafting = drafting
+        self._budget = policies.budget
         self._bounds = bounds
         self._observe = observer.observe
         self._block_tokens = memory.block_tokens
@@ -101,13 +61,16 @@ class Planner:
         """Let the batch policy name its wishes, and grant what is possible. Whatever it wishes, the first in the
         ordering is not stuck twice in a row, and somebody is served."""
         lines = self._lines
+        if self._budget is not None:
+            step.token_budget = self._budget.begin(len(step.decoding), lines.decoding.context_tokens)
         if self._first_is_stuck:
             self._serve_first(step)
         elif State.WAITING in step.serves and self._startable and not self._patient:
             self._clear_the_way(step)
         prefilling = lines.prefilling.snapshot() if State.PREFILLING in step.serves else ()
         waiting = lines.waiting.snapshot() if State.WAITING in step.serves else ()
-        view = BatchView(step.now, step.token_budget, step.decoding, prefilling, waiting, lines.fillers)
+        ahead = () if self._patient or not prefilling else _ahead(waiting, prefilling[-1])
+        view = BatchView(step.now, step.token_budget, step.decoding, prefilling, waiting, lines.fillers, ahead)
         wishes = self._policies.batch(view)
         share = next(wishes, None)
         while share is not None:
@@ -119,6 +82,8 @@ class Planner:
         if step.empty and not self._memory.fetching:
             self._serve_first(step)
         step.steps = self._repetitions(step, most_steps)
+        if self._budget is not None:
+            self._budget.planned(step.number, step.others, step.beat, self._layers)
         assert not step.empty or self._memory.fetching or step.serves is not EVERYBODY, "nobody was served"
 
     def must_wait(self, serves: frozenset[State]) -> bool:
@@ -174,16 +139,17 @@ class Planner:
     def _serve(self, progress: Progress, most: int, whole: bool, step: Step) -> int:
         """Give one request up to `most` tokens of work, admitting it if it waits. Returns how many it got."""
         hits, start, tokens = self._missing(progress)
-        if tokens > most and not progress.pending_tokens:
+        fitting = most if self._budget is None else self._budget.fitting(start, most)
+        if tokens > fitting and not progress.pending_tokens:
             if whole and not step.empty:
                 return 0
-            tokens = tokens if whole else most
+            tokens = tokens if whole else fitting
         taken = self._take(progress, hits, start, tokens, step)
         return 0 if taken is None else self._advance(progress, taken, self._layers, step)
 
     def _speculate(self, step: Step) -> int:
-        """Those whose next tokens somebody guesses leave the beat and compute these as well. Returns the tokens."""
-        lines, before = self._lines, step.tokens
+        """Those whose next tokens somebody guesses leave the beat and compute these as well. Returns their worth."""
+        lines, worth = self._lines, 0
         decoding = [progress for progress in lines.decoding.members if progress.served_step != step.number]
         room = step.token_budget - step.tokens - len(decoding)
         behind = bool(lines.prefilling) or self._startable
@@ -193,8 +159,8 @@ class Planner:
             progress.pending_tokens, progress.drafted_tokens = 1, len(drafts)
             step.drafted[progress] = drafts
             blocks = self._memory.grow(progress, progress.computed_tokens + 1 + len(drafts))
-            self._advance(progress, (blocks, ()), self._layers, step)
-        return step.tokens - before
+            worth += self._advance(progress, (blocks, ()), self._layers, step)
+        return worth
 
     def _go_together(self, share: Share, step: Step) -> int:
         """`_grant` for those who may go through some of the layers only. As long as they fit they go through all of
@@ -209,7 +175,8 @@ class Planner:
                 continue
             hits, start, tokens = self._missing(progress)
             begun = progress.pending_tokens > 0
-            whole = not begun and ((tokens <= left and not cohort) or progress.state is State.DECODING)
+            fits = self._worth(start, tokens) <= left and not cohort
+            whole = not begun and (fits or progress.state is State.DECODING)
             if not (begun or whole):
                 room = min(share.cohort, left * self._layers) - cohort_tokens
                 if (tokens > room and cohort) or self._begins_like_others(progress, start):
@@ -228,7 +195,7 @@ class Planner:
 
     def _advance_together(self, cohort: Sequence[tuple[Progress, _Taken]], most: int, step: Step) -> int:
         """By as many layers as amount to `most` tokens through all of them, at least by one. Returns to how many."""
-        tokens = sum(progress.pending_tokens for progress, _ in cohort)
+        tokens = sum(self._worth(progress.computed_tokens, progress.pending_tokens) for progress, _ in cohort)
         layers = max(1, most * self._layers // max(tokens, 1))
         worth = 0
         for progress, taken in cohort:
@@ -363,7 +330,7 @@ class Planner:
         self._observe(events.Admitted(now, progress.id, cached_tokens, queue_s, again, missed, progress.reads_cache))
 
     def _advance(self, progress: Progress, taken: _Taken, layers: int, step: Step) -> int:
-        """Put the pending tokens into the step, through the next layers: the numbers move now. Returns the tokens."""
+        """Put the pending tokens into the step, through the next layers: the numbers move now. Returns their worth."""
         first, last = progress.passed_layers, min(progress.passed_layers + layers, self._layers)
         start, tokens = progress.computed_tokens, progress.pending_tokens
         computed = last == self._layers
@@ -387,7 +354,11 @@ class Planner:
         drafts = step.drafted.get(progress, ()) if step.drafted else ()
         step.tokens += len(drafts)
         step.others.append(Work(progress.id, start, tokens + len(drafts), sample, *taken, passed, drafts=drafts))
-        return tokens
+        return self._worth(start, tokens + len(drafts))
+
+    def _worth(self, start: int, tokens: int) -> int:
+        """What so many tokens from `start` on take of the budget: one each, unless it says that context counts."""
+        return tokens if self._budget is None else self._budget.worth(start, tokens)
 
     def _beat(self, step: Step) -> int:
         """`_serve` for all that are one token behind, by touching only those who begin a block."""
@@ -408,7 +379,7 @@ class Planner:
         begun = {progress.id: (block,) for progress, block in zip(begin, taken, strict=True)}
         step.beat = Beat(decoding.pace.number - 1, rows, context_tokens, begun, ids, longest)
         step.tokens += len(rows)
-        return len(rows)
+        return len(rows) if self._budget is None else self._budget.worth_of_decodes(len(rows), context_tokens)
 
     def _begin_each(
         self, begin: list[Progress], apart: list[Progress], step: Step

@@ -18,6 +18,7 @@ from headrace.core.events import Event
 from headrace.core.types import HeadraceError, RequestId
 from headrace.engine.policies.admission import WATERMARK, free_blocks, reserve_all
 from headrace.engine.policies.batch import chunked, filling, layered, orca, prefill_first, splitfuse, static
+from headrace.engine.policies.budget import StepBudget
 from headrace.engine.policies.deadlines import Due, edd, eddc, mdd, mddc, slack
 from headrace.engine.policies.fairness import DeficitRoundRobin, TokenCounter
 from headrace.engine.policies.future import FuturePeak, Oracle, PastFuture, aggressive, conservative
@@ -53,6 +54,7 @@ __all__ = [
     "LANE_STEP_TOKENS",
     "LEAST_STEP_TOKENS",
     "MOST_PREEMPTIONS",
+    "MOST_STEP_TOKENS",
     "ORACLE",
     "ORDERINGS",
     "PREEMPTIONS",
@@ -81,6 +83,7 @@ __all__ = [
     "RequestView",
     "Share",
     "SpecController",
+    "StepBudget",
     "TokenCounter",
     "aggressive",
     "choose",
@@ -111,6 +114,8 @@ __all__ = [
 
 LANE_STEP_TOKENS = 8192  # where nobody's next token waits for prompts
 LEAST_STEP_TOKENS = 128  # a device too slow for the target still shares each pass over the weights among so many
+
+MOST_STEP_TOKENS = 2048  # that a live replica has memory for, whatever the target allows
 
 P = TypeVar("P")
 Make = Callable[[EngineSettings], P]  # a policy for one scheduler
@@ -184,11 +189,12 @@ class Policies:
     drafter: Drafter | None = None  # None: nobody drafts
     controller: SpecController = no_drafts
     shares: SharePolicy | None = None  # of two lanes; None: one lane
+    budget: StepBudget | None = None  # None: the scheduler's `token_budget`, and every token counts as one
 
     def listeners(self) -> list[Callable[[Event], None]]:
         """The `observe` of those who have one; once of an object that is several of them."""
         first: tuple[Any, ...] = (self.ordering, self.admission, self.batch, self.preemption)
-        own = {id(one): one for one in (*first, self.drafter, self.controller, self.shares)}
+        own = {id(one): one for one in (*first, self.drafter, self.controller, self.shares, self.budget)}
         return [one.observe for one in own.values() if hasattr(one, "observe")]
 
     def survey(self, requests: Sequence[RequestView], now: float) -> None:
@@ -219,14 +225,20 @@ def _among(policy: object, some: Sequence[object]) -> bool:
 
 
 def choose(
-    settings: EngineSettings, lengths: Mapping[RequestId, int] | None = None, predict: Predict | None = None
+    settings: EngineSettings,
+    lengths: Mapping[RequestId, int] | None = None,
+    predict: Predict | None = None,
+    step_s: tuple[float, float] | None = None,
+    most_tokens: int = MOST_STEP_TOKENS,
 ) -> Policies:
     """The policies that the settings name, for one scheduler; raises HeadraceError that lists the names there are.
     `lengths` are the output tokens of live requests: a simulation knows them, and may compare with an oracle. `predict`
-    is for those that divide the device by what steps would take."""
+    is for those that divide the device by what steps would take. With `step_s`, what a step takes and each token of it,
+    the token budget follows the steps, up to `most_tokens`, unless the settings fix it."""
     admissions = dict(ADMISSIONS)
     if lengths is not None:
         admissions[ORACLE] = _just(Oracle(lengths))
+    follows = settings.token_budget is None and settings.lanes == "one"  # with two, nobody's next token waits
     return Policies(
         _named(ORDERINGS, settings.ordering, "ordering")(settings),
         _named(admissions, settings.admission, "admission")(settings),
@@ -235,6 +247,7 @@ def choose(
         _named(DRAFTERS, settings.speculate, "speculate")(settings),
         _named(CONTROLLERS, settings.draft_control, "draft_control")(settings),
         _named(LANES, settings.lanes, "lanes")(settings, predict),
+        StepBudget(settings.inter_token_ms / 1000, *step_s, most_tokens) if step_s and follows else None,
     )
 
 

@@ -30,9 +30,9 @@ from headrace.core.types import (
 )
 from headrace.engine.beats import by_order
 from headrace.engine.draft import Drafting
-from headrace.engine.lanes import Flights
+from headrace.engine.lanes import EVERYBODY, Flights, Step
 from headrace.engine.memory import Memory
-from headrace.engine.planner import EVERYBODY, Planner, Step
+from headrace.engine.planner import Planner
 from headrace.engine.policy import Policies, choose
 from headrace.engine.progress import Progress, State, check_servable
 from headrace.engine.queue import Bounds, Deadlines, Lines
@@ -60,8 +60,8 @@ class _Told:
 
 
 class Scheduler:
-    """`token_budget` may be changed between steps. Without `policies` it takes those that the settings name; raises
-    HeadraceError for a name that is unknown."""
+    """`token_budget` may be changed between steps; policies with a budget of their own do so by themselves. Without
+    `policies` it takes those that the settings name; raises HeadraceError for a name that is unknown."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from headrace.core.ports import Capacity, Executor, Observer
 from headrace.core.step import Run, StepPlan, StepResult
 from headrace.core.types import Blank, FinishReason, HeadraceError, Request, RequestId, Sampling, Segment, Tokens
 
-FORMAT = 2
+FORMAT = 3
 LONGEST_LINE = 64 << 20  # bytes: a prompt of ten million tokens
 
 
@@ -39,7 +39,7 @@ class Head(msgspec.Struct, frozen=True, tag="head", forbid_unknown_fields=True):
     settings: EngineSettings
     capacity: Capacity
     token_budget: int
-    step_s: tuple[float, float] | None = None  # what a step takes, and a token of it, where the policies predict
+    step_s: tuple[float, float] | None = None  # what a step takes, and a token of it, where policies go by that
 
 
 class Arrive(msgspec.Struct, frozen=True, tag="arrive", forbid_unknown_fields=True):

@@ -69,7 +69,7 @@ def check(entries: Iterable[Entry]) -> Replayed:
 
 async def _play(head: Head, script: Iterator[Entry]) -> Replayed:
     player = _Player(head.capacity, script)
-    scheduler = Scheduler(head.settings, head.capacity, token_budget=head.token_budget, observer=_Deaf())
+    scheduler = _scheduler(head)
     engine = Engine("replay", scheduler, player)
     player.begin(engine)
     serving = asyncio.create_task(engine.run(), name="replay")
@@ -83,17 +83,20 @@ async def _play(head: Head, script: Iterator[Entry]) -> Replayed:
     return Replayed(tuple(player.digests), player.difference)
 
 
+def _scheduler(head: Head) -> Scheduler:
+    """As it was when the recording began."""
+    predict: Predict | None = Measured(*head.step_s) if head.step_s else None
+    policies = choose(head.settings, predict=predict, step_s=head.step_s)
+    budget = head.token_budget
+    return Scheduler(head.settings, head.capacity, token_budget=budget, observer=_Deaf(), policies=policies)
+
+
 class _Direct:
     """Lanes plan as others end and as requests come, which no loop in another time would do in just this order: the
     scheduler is told, call by call, what it was told then. Deadlines are among what it was told."""
 
     def __init__(self, head: Head) -> None:
-        predict: Predict | None = Measured(*head.step_s) if head.step_s else None
-        policies = choose(head.settings, predict=predict)
-        budget = head.token_budget
-        self._scheduler = Scheduler(
-            head.settings, head.capacity, token_budget=budget, observer=_Deaf(), policies=policies
-        )
+        self._scheduler = _scheduler(head)
         self._lane: dict[int, int] = {}  # of each step
         self._digests: list[str] = []
 

@@ -33,7 +33,7 @@ from headrace.sim.executor import MOST_STEPS
 from headrace.sim.hardware import Link, Topology, device, link
 from headrace.sim.hfconfig import from_hf
 from headrace.sim.models import model
-from headrace.sim.run import Site
+from headrace.sim.run import Choose, Site
 from headrace.sim.settings import SimulateSettings
 from headrace.workload import streams
 from headrace.workload.arrival import Arrival
@@ -189,7 +189,7 @@ def _catalogued(scenario: Scenario) -> Site:
         token_budget=step_tokens(engine, cost, windows_of(shape)),
         replicas=settings.replicas,
         windows=windows_of(shape),
-        policies=partial(policy.choose, predict=Divided(cost).predict),
+        policies=_policies(settings, cost, windows_of(shape)),
         slo=parse_slo(scenario.traffic[0].slo),
         host=host,
     )
@@ -225,9 +225,17 @@ def _calibrated(scenario: Scenario, path: Path) -> Site:
         cost,
         token_budget=budget or step_tokens(engine, cost, ()),
         replicas=scenario.simulate.replicas,
-        policies=partial(policy.choose, predict=Divided(cost).predict),
+        policies=_policies(scenario.simulate, cost, ()),
         slo=parse_slo(scenario.traffic[0].slo),
     )
+
+
+def _policies(settings: SimulateSettings, cost: CostModel, windows: tuple[int, ...]) -> Choose:
+    """What makes them for each replica."""
+    if not settings.follow_steps:
+        return partial(policy.choose, predict=Divided(cost).predict)
+    price, most = step_line(cost, windows), policy.LANE_STEP_TOKENS
+    return partial(policy.choose, predict=Divided(cost).predict, step_s=price, most_tokens=most)
 
 
 def step_tokens(engine: EngineSettings, cost: CostModel, windows: tuple[int, ...]) -> int:

@@ -42,6 +42,9 @@ class SimulateSettings:
     draft_acceptance: str = setting(
         "0.7", "chance that a draft of --speculate is right: 0.7, by place in the step 0.8,0.6, by request 0.2:0.9"
     )
+    follow_steps: bool = setting(
+        False, "the token budget follows what steps take, as that of `serve`; by default it is derived once"
+    )
     fast_forward: bool = setting(True, "many decode steps at once, with the same results")
 
     def __post_init__(self) -> None:

@@ -16,7 +16,9 @@ _ALL = 1 << 40  # tokens: as many as there are
 
 def chunked(batch: BatchView) -> Generator[Share, int, None]:
     """Decodes first and always, then unfinished prefills, then new requests, under the token budget: a decode never
-    waits for a prompt, so the time between tokens is that of one budget (Sarathi-Serve's stall-free batching).
+    waits for a prompt, so the time between tokens is that of one budget (Sarathi-Serve's stall-free batching). Under a
+    preemption for those who wait, new requests overtake the prefills that they precede: else an urgent one would wait
+    for the longest prompt that somebody else has begun.
 
     Filler is served behind all others, see `behind`; where there is none, nobody looks for it."""
     if batch.fillers:
@@ -24,6 +26,8 @@ def chunked(batch: BatchView) -> Generator[Share, int, None]:
         return
     left = batch.token_budget
     left -= yield Share(batch.decoding, len(batch.decoding))
+    if batch.overtaking:
+        left -= yield Share(batch.overtaking, left)
     left -= yield Share(batch.prefilling, left)
     yield Share(batch.waiting, left)
 
@@ -39,6 +43,7 @@ def behind(batch: BatchView) -> Generator[Share, int, None]:
     if prefilling or waiting:
         decoding = [one for one in batch.decoding if not is_filler(one)]
         left -= yield Share(decoding, len(decoding))
+        left -= yield Share([one for one in batch.overtaking if not is_filler(one)], left)
         left -= yield Share(prefilling, left)
         yield Share(waiting, left)
         return

@@ -1,5 +1,6 @@
-"""What a replica has learnt of itself, for those who decide about drafts: how long its steps take, and how often
-guesses are right. Owns both estimates; they follow from events alone, so that the same events replay to the same plans.
+"""What a replica has learnt of itself, for those who decide about drafts and budgets: how long its steps take, and how
+often guesses are right. Owns these estimates; they follow from events alone, so that the same events replay to the same
+plans.
 """
 
 from __future__ import annotations
@@ -18,17 +19,36 @@ _DRIFT = 0.02  # of what was believed at first, in one step
 _DOUBT = 0.5  # standard deviations that a token is taken to cost more than is known
 _LEAST = 1e-3  # of what was believed at first: a token is never free
 _MOST_SIGMAS = 3.0  # a step that took longer was held up by something else
+_STRANGE_SIGMAS = 2.0  # a step that differs by more is strange,
+_STRANGE_STEPS = 3  # and so many in a row are a device that has changed
 
 
 class StepTime:
     """seconds = base + token * tokens + context * (sum of contexts over tokens) + drafting, the last one only if there
     are drafts, whose rows may run other kernels. A Kalman filter whose coefficients drift: steps like those of now
-    decide, and nothing is forgotten that they do not speak of."""
+    decide, and nothing is forgotten that they do not speak of. One strange step is an outlier; several in a row, all
+    too slow or all too fast, mean that the device has changed, and everything is as doubtful as it was at first.
 
-    def __init__(self) -> None:
+    `price` is (base, token), where they were measured before; what context costs is then believed to be the most."""
+
+    def __init__(self, price: tuple[float, float] | None = None, drift: float = _DRIFT) -> None:
         self._mean = [0.0] * 4
         self._sigma = [0.0] * 4  # of each coefficient at first, and the most
         self._covariance = [[0.0] * 4 for _ in range(4)]
+        self._drift = drift
+        self._strange = 0  # steps in a row; less than 0: too fast
+        if price is not None:
+            base_s, token_s = max(0.0, price[0]), max(1e-9, price[1])
+            self._begin(token_s)
+            self._mean = [base_s, token_s, token_s / _CONTEXT_TOKENS, 0.0]
+            self._sigma[0] = max(self._sigma[0], base_s)
+            self._doubt()
+
+    @property
+    def prices(self) -> tuple[float, float, float, float]:
+        """(base, token, context, drafting): seconds."""
+        base, token, context, drafting = self._mean
+        return base, token, context, drafting
 
     @property
     def drafting_s(self) -> float:
@@ -43,18 +63,31 @@ class StepTime:
         """What one more token costs, with a doubt: as long as that is not known, drafts should be cheap to be tried."""
         return self._mean[1] + _DOUBT * sqrt(self._covariance[1][1]) + self._mean[2] * context
 
-    def learn(self, tokens: int, context: float, drafts: bool, seconds: float) -> None:
+    def learn(self, tokens: float, context: float, drafts: bool, seconds: float) -> None:
         """A step of these took so long."""
         if not self._sigma[0]:
             self._begin(seconds / (tokens + _BASE_TOKENS))
-        self._absorb((1.0, float(tokens), context, float(drafts)), seconds, _NOISE * seconds)
+        seen, noise = (1.0, float(tokens), context, float(drafts)), _NOISE * seconds
+        if self._has_changed(seen, seconds, noise):
+            self._doubt()
+        self._absorb(seen, seconds, noise)
         for at, least in enumerate((0.0, _LEAST * self._sigma[1], 0.0, 0.0)):
             if self._mean[at] < least:  # it is at least that: what it took too little, the others have too much
                 self._absorb(tuple(float(at == other) for other in range(4)), least, 1e-3 * self._sigma[at])
                 self._mean[at] = least
         for at, sigma in enumerate(self._sigma):
             row = self._covariance[at]
-            row[at] = min(row[at] + (_DRIFT * sigma) ** 2, sigma**2)
+            row[at] = min(row[at] + (self._drift * sigma) ** 2, sigma**2)
+
+    def _has_changed(self, seen: tuple[float, ...], value: float, noise: float) -> bool:
+        """Whether this step ends a row of strange ones."""
+        surprise = value - sum(map(mul, self._mean, seen))
+        variance = sum(map(mul, (sum(map(mul, row, seen)) for row in self._covariance), seen)) + noise**2
+        if surprise * surprise <= _STRANGE_SIGMAS**2 * variance:
+            self._strange = 0
+        else:
+            self._strange = max(0, self._strange) + 1 if surprise > 0 else min(0, self._strange) - 1
+        return abs(self._strange) >= _STRANGE_STEPS
 
     def _absorb(self, seen: tuple[float, ...], value: float, noise: float) -> None:
         covariance, mean = self._covariance, self._mean
@@ -71,8 +104,14 @@ class StepTime:
     def _begin(self, token_s: float) -> None:
         self._mean = [_BASE_TOKENS * token_s, token_s, 0.0, 0.0]
         self._sigma = [_BASE_TOKENS * token_s, token_s, token_s / _CONTEXT_TOKENS, _BASE_TOKENS * token_s / 2]
-        for at, sigma in enumerate(self._sigma):
-            self._covariance[at][at] = sigma**2
+        self._doubt()
+
+    def _doubt(self) -> None:
+        """What was learnt is as good as a guess."""
+        self._covariance = [
+            [sigma**2 if at == other else 0.0 for other in range(4)] for at, sigma in enumerate(self._sigma)
+        ]
+        self._strange = 0
 
 
 _HOPE = 0.6  # of a draft of which nothing is known
