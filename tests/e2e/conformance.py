@@ -198,7 +198,10 @@ def all_shares(parts: Sequence[Share], workers: int) -> Found:
         return total
     with ProcessPoolExecutor(workers) as pool:
         for done in as_completed([pool.submit(play, part) for part in parts]):
-            total.add(done.result())
+            found = done.result()
+            for kind in found.wrong.keys() - total.wrong.keys():
+                print(f"== {kind}\n{found.wrong[kind]}\n", flush=True)
+            total.add(found)
             bar.show(total)
     return total
 
@@ -237,8 +240,6 @@ def main() -> int:
     with model() as folder, serving(str(folder), *FLAGS, "--state-dir", str(folder / "state")) as (url, _):
         found = all_shares(shares(url, args.cases, args.seed), args.workers)
         alive = requests.get(f"{url}/health/ready", timeout=10)
-    for kind, why in sorted(found.wrong.items()):
-        print(f"== {kind}\n{why}\n")
     by_status = ", ".join(f"{count} x {status}" for status, count in sorted(found.statuses.items()))
     print(f"{found.cases} cases, seed {args.seed}, in {time.perf_counter() - begin_s:.0f} s: {by_status}")
     never = [label for label, count in found.answered.items() if not count]

@@ -48,7 +48,7 @@ def serving(folder: Path, *flags: str) -> Iterator[str]:
     """The URL of `headrace serve FOLDER FLAGS`, in a thread of its own."""
     args = parser().parse_args(["serve", str(folder), "--port", "0", *flags])
     settings = load(GatewaySettings, args, {})
-    assembled = assemble(args, {}, Phases(), "tiny", gateway=settings)
+    assembled = assemble(args, {}, Phases(), settings.served_name or "tiny", gateway=settings)
     beside = open_beside(assembled, settings, Phases(), Guard())
     listening = threading.Event()
     found: dict[str, Any] = {}
