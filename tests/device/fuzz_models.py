@@ -6,7 +6,7 @@ Anything else is a finding: another exception, memory that is not bounded by the
 made from (seed, number) alone, so a finding is a number; GGUF files are cut along their own fields (counts, lengths,
 offsets, types, whole entries), JSON along its values.
 
-    python tests/device/fuzz_models.py [MUTANTS] [--workers N] [--seed N] [--only NUMBER]
+    python tests/device/fuzz_models.py [MUTANTS] [--workers N] [--seed N] [--first NUMBER] [--only NUMBER]
 """
 
 from __future__ import annotations
@@ -381,9 +381,9 @@ def limited() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def play_all(seed: int, count: int, workers: int) -> Found:
-    total, begin_s = Found(), time.perf_counter()
-    parts = [range(at, min(at + CHUNK, count)) for at in range(0, count, CHUNK)]
+def play_all(seed: int, first: int, end: int, workers: int) -> Found:
+    total, begin_s, count = Found(), time.perf_counter(), end - first
+    parts = [range(at, min(at + CHUNK, end)) for at in range(first, end, CHUNK)]
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         folder = Path(name)
         try:
@@ -410,18 +410,20 @@ def main() -> int:
     options.add_argument("mutants", nargs="?", type=int, default=50_000)
     options.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options.add_argument("--seed", type=int, default=1)
+    options.add_argument("--first", type=int, default=0, metavar="NUMBER", help="go on from this mutant")
     options.add_argument("--only", type=int, metavar="NUMBER", help="open one mutant in this process")
     args = options.parse_args()
     if args.only is not None:
         with tempfile.TemporaryDirectory() as folder:
             found = play(args.seed, range(args.only, args.only + 1), Path(folder))
     else:
-        found = play_all(args.seed, args.mutants, args.workers)
+        found = play_all(args.seed, args.first, args.mutants, args.workers)
     print("\n\n".join(found.findings[:20]))
     outcomes = ", ".join(f"{count} {kind}" for kind, count in found.outcomes.most_common())
     print(f"{found.outcomes.total()} mutants, seed {args.seed}: {outcomes}; slowest {1000 * found.slowest_s:.0f} ms")
     print(f"{len(found.findings)} findings")
-    return int(bool(found.findings) or found.outcomes.total() < (1 if args.only is not None else args.mutants))
+    asked = 1 if args.only is not None else args.mutants - args.first
+    return int(bool(found.findings) or found.outcomes.total() < asked)
 
 
 if __name__ == "__main__":

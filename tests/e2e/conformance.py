@@ -2,7 +2,7 @@
 document says or refuses: no 5xx but those that are documented, bodies and stream events of the published types, nothing
 of the server's insides in an error.
 
-    python tests/e2e/conformance.py [CASES] [--workers N] [--seed N]
+    python tests/e2e/conformance.py [CASES] [--workers N] [--seed N] [--first CASE]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,12 @@ def _events(document: Mapping[str, Any], label: str) -> Any:
     return jsonschema.Draft202012Validator(kinds)
 
 
+def rest(parts: Sequence[Share], first: int) -> list[Share]:
+    """Without those that a run which was stopped after `first` cases had finished. Shares come in one order."""
+    ends = accumulate(part.cases for part in parts)
+    return [part for part, end in zip(parts, ends, strict=True) if end > first]
+
+
 def all_shares(parts: Sequence[Share], workers: int) -> Found:
     total, bar = Found(), Bar(sum(part.cases for part in parts))
     if workers == 1:
@@ -233,19 +240,21 @@ def main() -> int:
     options.add_argument("cases", nargs="?", type=int, default=20_000)
     options.add_argument("--workers", type=int, default=max(2, os.cpu_count() or 1))
     options.add_argument("--seed", type=int, default=1)
+    options.add_argument("--first", type=int, default=0, metavar="CASE", help="go on where a run was stopped")
     args = options.parse_args()
     from server import serving
 
     begin_s = time.perf_counter()
     with model() as folder, serving(str(folder), *FLAGS, "--state-dir", str(folder / "state")) as (url, _):
-        found = all_shares(shares(url, args.cases, args.seed), args.workers)
+        asked = rest(shares(url, args.cases, args.seed), args.first)
+        found = all_shares(asked, args.workers)
         alive = requests.get(f"{url}/health/ready", timeout=10)
     by_status = ", ".join(f"{count} x {status}" for status, count in sorted(found.statuses.items()))
     print(f"{found.cases} cases, seed {args.seed}, in {time.perf_counter() - begin_s:.0f} s: {by_status}")
     never = [label for label, count in found.answered.items() if not count]
     print(f"operations that never answered with 200: {', '.join(never) or 'none'}")
     print(f"{len(found.wrong)} kinds of failures; then {alive.text}")
-    return int(bool(found.wrong) or found.cases < args.cases or alive.status_code != 200)
+    return int(bool(found.wrong) or found.cases < args.cases - args.first or alive.status_code != 200)
 
 
 if __name__ == "__main__":
