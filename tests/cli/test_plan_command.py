@@ -19,6 +19,9 @@ def test_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert plan("fit", "llama-3.1-8b", "--device", "L40S", "--show-work", "--json", str(out)) == 0
     assert "requests side by side" in capsys.readouterr().out
     assert json.loads(out.read_text())["subject"] == "llama-3.1-8b in bf16 on L40S"
+    page = tmp_path / "fit.html"
+    assert plan("fit", "llama-3.1-8b", "--device", "L40S", "--html", str(page)) == 0
+    assert "Long contexts" in page.read_text() and "KV per token" in page.read_text()
     assert plan("fit", "llama-3.1-70b", "--device", "L40S") == 2
     assert "What would fit: " in capsys.readouterr().err
 
@@ -30,8 +33,9 @@ def test_a_plan_is_found_written_and_simulated_again(capsys: pytest.CaptureFixtu
     out, html, numbers = (tmp_path / name for name in ("plan.toml", "plan.html", "plan.json"))
     words = ["--slo", "ttft=1.0,tpot=0.05", "--formats", "bf16", "--processes", "1"]
     files = ["--out", str(out), "--html", str(html), "--json", str(numbers)]
-    assert plan("llama-3.1-8b", *SMALL, *words, *files) == 0
-    assert capsys.readouterr().out.startswith("RECOMMENDED for cost")
+    assert plan("llama-3.1-8b", *SMALL, *words, *files, "--show-work") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("RECOMMENDED for cost") and "tokens of KV" in printed
     found = json.loads(numbers.read_text())["recommended"]
     assert "How sure is this?" in html.read_text()
     again = tmp_path / "again.json"
@@ -73,7 +77,9 @@ def test_a_mix_of_a_measured_table(capsys: pytest.CaptureFixture[str], tmp_path:
     }
     table = tmp_path / "table.json"
     table.write_text(json.dumps(content))
-    assert plan("mix", "--table", str(table)) == 0
+    page = tmp_path / "mix.html"
+    assert plan("mix", "--table", str(table), "--html", str(page)) == 0
+    assert "CHEAPEST: 2 small" in page.read_text()
     assert capsys.readouterr().out.startswith("CHEAPEST: 2 small for $2.00 an hour.")
     assert plan("mix", "llama-3.1-8b") == 2
     assert "--slo" in capsys.readouterr().err

@@ -27,6 +27,7 @@ def add(questions: Any) -> None:
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with a section [fit]")
     parser.add_argument("--show-work", action="store_true", help="every number with its formula")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report that needs nothing else")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers for a program")
     config.add_flags(parser, FitSettings)
     parser.set_defaults(run=run)
@@ -38,8 +39,9 @@ def run(args: argparse.Namespace) -> int:
     from headrace.sim.plan.fit import fit
     from headrace.sim.plan.settings import FitSettings
 
-    check_writable(args.json)
+    check_writable(args.html, args.json)
     found = fit(args.model, config.load(FitSettings, args, config.read_toml(args.config)))
     print(fit_told.told(found, args.show_work), end="")
+    write(args.html, lambda: fit_told.html(found))
     write(args.json, lambda: fit_told.as_json(found))
     return 0

@@ -43,6 +43,7 @@ def add(questions: Any) -> None:
     group.add_argument("--attain", type=float, default=0.99, metavar="X", help="share that must keep --slo (0.99)")
     group.add_argument("--slices", type=int, default=8, metavar="N", help="pieces of a bucket (default: 8)")
     group.add_argument("--table", type=Path, metavar="FILE", help="JSON of measured throughputs; nothing is simulated")
+    group.add_argument("--html", type=Path, metavar="FILE", help="write a report that needs nothing else")
     group.add_argument("--json", type=Path, metavar="FILE", help="write all numbers for a program")
     for settings in (WorkloadSettings, EngineSettings):
         config.add_flags(parser, settings)
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from headrace.cli.files import check_writable, write
     from headrace.sim.plan import mix_told
 
-    check_writable(args.json)
+    check_writable(args.html, args.json)
     if not 1 <= args.slices <= 64:
         raise BadSetting(f"--slices is {args.slices}; it must be between 1 and 64")
     if args.table:
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         types, buckets, slices = mix_told.table(_read(args.table))
         packed = pack(types, buckets, slices)
         print(mix_told.told(packed, buckets), end="")
+        write(args.html, lambda: mix_told.html(packed, buckets, ""))
         write(args.json, lambda: mix_told.as_json(packed, buckets))
         return 0
     return _simulated(args)
@@ -87,6 +89,7 @@ def _simulated(args: argparse.Namespace) -> int:
     types = mix_told.types(args.types, config.read_toml(args.market))
     found = confirm(arrivals, types, sites, scenario, slo, args.slices, _say)
     print(mix_told.confirmed(found), end="")
+    write(args.html, lambda: mix_told.html(found.mix, found.buckets, mix_told.confirmed(found)))
     write(args.json, lambda: mix_told.as_json(found.mix, found.buckets))
     return 0
 

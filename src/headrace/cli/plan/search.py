@@ -55,6 +55,7 @@ def add(questions: Any) -> None:
     group.add_argument("--simulations", type=int, default=200, metavar="N", help="at most so many (default: 200)")
     group.add_argument("--processes", type=int, metavar="N", help="processor cores to use (default: all)")
     group.add_argument("--interactive", action="store_true", help="ask what is needed, one question at a time")
+    group.add_argument("--show-work", action="store_true", help="the formulas behind the answer, with their numbers")
     group.add_argument("--out", type=Path, metavar="FILE", help="write the plan, for simulate --plan and serve --plan")
     group.add_argument("--html", type=Path, metavar="FILE", help="write a report that needs nothing else")
     group.add_argument("--json", type=Path, metavar="FILE", help="write all numbers for a program")
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     )
     found.swings = swings(found, forked(processes))
     _say(f"{len(found.judged)} plans simulated in {clock.perf() - begun_s:.1f} s")
-    print(told.told(found), end="")
+    print(told.told(found, args.show_work), end="")
     if found.best is None:
         return 1
     write(args.out, lambda: told.plan_file(found))

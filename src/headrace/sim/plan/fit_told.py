@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from headrace.draw.text import aligned, short, three
+from headrace.sim.plan.answer import Answer, Part
+from headrace.sim.plan.answer import html as page_of
 from headrace.sim.plan.fit import Fit
 
 KNOWN = {
@@ -65,6 +67,18 @@ def _sure(fit: Fit) -> Iterator[str]:
     yield "  sure: bytes, from the shape. Catalogue: memory, peaks. Assumed: shares of peaks that kernels reach, host"
     yield f"  tokens/s of the largest batch if the {moved}"
     yield "  contexts are at full peaks; nothing here was measured: `headrace calibrate` measures your machine"
+
+
+def html(fit: Fit) -> str:
+    """A page that needs nothing else."""
+    numbers = [["number", "value"], *([one.name, one.shown] for one in fit.numbers)]
+    parts = (
+        Part("What fits", "Memory follows from the shape.", numbers),
+        Part("How fast it would be", "By the cost model at catalogue peaks.", [*map(list, _speeds(fit))]),
+        Part("Long contexts", "At full peaks (arXiv:2405.08944).", [*map(list, _long(fit))]),
+    )
+    title = f"Does it fit? {fit.subject}"
+    return page_of(Answer(title, [fit.subject], parts, list(fit.notes), [*_sure(fit)], [*_worked(fit)], {}))
 
 
 def as_json(fit: Fit) -> str:

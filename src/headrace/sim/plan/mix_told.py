@@ -9,6 +9,8 @@ from typing import Any
 
 from headrace.core.config import BadSetting
 from headrace.draw.text import aligned, short, three
+from headrace.sim.plan.answer import Answer, Part
+from headrace.sim.plan.answer import html as page_of
 from headrace.sim.plan.fleet_mix import Confirmed
 from headrace.sim.plan.fleet_mix import told as named
 from headrace.sim.plan.mix import Bucket, Mix, Type, single
@@ -113,6 +115,17 @@ def _buckets(mix: Mix, buckets: Sequence[Bucket]) -> Iterator[tuple[str, ...]]:
         shares = [(one.name, mix.share(at, kind)) for kind, one in enumerate(mix.types)]
         where = ", ".join(f"{name} {share:.0%}" for name, share in shares if share)
         yield f"  {bucket.name}", short(three(bucket.rate)), where
+
+
+def html(mix: Mix, buckets: Sequence[Bucket], said: str) -> str:
+    """A page that needs nothing else; `said` is what the terminal gets."""
+    parts = (
+        Part("Devices", "How many of each, and how much of them is used.", [*map(list, _types(mix))]),
+        Part("Requests", "Which sizes go where.", [*map(list, _buckets(mix, buckets))]),
+    )
+    sure = [line for line in said.splitlines() if line.startswith(("Simulated", "Packing", "Throughputs"))]
+    first = f"CHEAPEST: {named(mix)} for ${mix.usd_per_hour:,.2f} an hour."
+    return page_of(Answer("The cheapest mix", [first], parts, [*_singles(mix, buckets)], sure, [], {}))
 
 
 def as_json(mix: Mix, buckets: Sequence[Bucket]) -> str:

@@ -29,10 +29,10 @@ REASONS = {
 }
 
 
-def told(found: Found) -> str:
+def told(found: Found, show_work: bool = False) -> str:
     """For the terminal."""
     lines = [*headline(found), "", *aligned(rows(found), "<<" + ">" * (len(HEADS) - 2)), "", *rejections(found), ""]
-    return "\n".join([*lines, *sure(found)]) + "\n"
+    return "\n".join([*lines, *sure(found), *(work(found) if show_work else [])]) + "\n"
 
 
 def headline(found: Found) -> list[str]:
@@ -118,6 +118,27 @@ def sure(found: Found) -> list[str]:
         kept = "" if swing.outcome.kept is None else f"{swing.outcome.kept:.2%} kept"
         broken = " in its first requests" if not swing.outcome.whole else ""
         lines.append(f"    {swing.of}: {'still holds' if swing.holds else 'NO LONGER HOLDS'}, {kept}{broken}")
+    return lines
+
+
+def work(found: Found) -> list[str]:
+    """The formulas, with the numbers of the recommended plan."""
+    lines = [
+        "  Work:",
+        "    bytes of weights on the fullest device = its layers' weights x bytes of the format / devices that share them",
+        "    tokens of KV = (use x memory - weights) / bytes of a token on a device x copies of the attention",
+        "    bounds: a request alone is late? requests/s > rows / (output x step of full rows)? then it is not simulated",
+        "    step = sum over operators of max(FLOPs / peak, bytes / bandwidth) + collectives + launches + host",
+    ]
+    if found.best is not None:
+        weights, tokens = memory(found.best.plan)
+        price, per_s = found.best.plan.cost, found.best.outcome.output_per_s
+        lines.append(
+            f"    {found.best.plan.layout}: {weights / 1e9:.2f} GB of weights a device, {tokens:,} tokens of KV"
+        )
+        if price is not None and found.best.usd_per_mtok is not None:
+            mtok = found.best.usd_per_mtok
+            lines.append(f"    $/M tokens = {price:,.2f} / 3600 / {per_s:,.1f} tokens/s x 10^6 = {mtok:,.2f}")
     return lines
 
 
