@@ -125,9 +125,9 @@ def work(found: Found) -> list[str]:
     """The formulas, with the numbers of the recommended plan."""
     lines = [
         "  Work:",
-        "    bytes of weights on the fullest device = its layers' weights x bytes of the format / devices that share them",
+        "    bytes of weights on the fullest device = its layers' weights x bytes of the format / devices sharing them",
         "    tokens of KV = (use x memory - weights) / bytes of a token on a device x copies of the attention",
-        "    bounds: a request alone is late? requests/s > rows / (output x step of full rows)? then it is not simulated",
+        "    not simulated: a request alone is late, or requests/s > rows / (output x step of full rows)",
         "    step = sum over operators of max(FLOPs / peak, bytes / bandwidth) + collectives + launches + host",
     ]
     if found.best is not None:
