@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from headrace.cli.top.frame import Size
 from headrace.cli.top.screen import View
 from headrace.cli.top.source import Away, Memory, Request, Snapshot, Source, Step, Steps
 
-KEY = "hr-secret"
+KEY, OTHERS_KEY = "hr-secret", "hr-no-admin"
 ROW = {
     "id": "chatcmpl-0123456789abcdef",
     "state": "decoding",
@@ -53,7 +54,11 @@ class Pages(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         answers = {"/v1/steps": STEPS, "/v1/requests?limit=100": {"data": ROWS}}
         answers["/v1/requests/chatcmpl-done/explain"] = {"words": WORDS}
-        if self.headers.get("Authorization") != f"Bearer {KEY}":
+        bearer = self.headers.get("Authorization")
+        if bearer == f"Bearer {OTHERS_KEY}" and self.path == "/v1/steps":
+            self.server.refused += 1  # type: ignore[attr-defined]
+            self.answer(403, {"error": {"message": "Not for you."}})
+        elif bearer not in (f"Bearer {KEY}", f"Bearer {OTHERS_KEY}"):
             self.answer(401, {"error": {"message": "Send a key."}})
         elif self.path in answers:
             self.answer(200, answers[self.path])
@@ -72,13 +77,19 @@ class Pages(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def url() -> Iterator[str]:
+def server() -> Iterator[ThreadingHTTPServer]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        server.refused = 0  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def url(server: ThreadingHTTPServer) -> str:
+    return f"http://127.0.0.1:{server.server_port}"
 
 
 def shown(lines: list[frame.Line]) -> str:
@@ -94,6 +105,25 @@ def test_one_frame_for_scripts(url: str, capsys: pytest.CaptureFixture[str]) -> 
     row = next(line for line in told.splitlines() if "alice" in line)
     assert row.split() == "chatcmpl-0123456789abcdef alice writes 1.23 s 56 ms 210 ms 2,048 17".split()
     assert "\x1b" not in told
+
+
+def test_a_users_key_sees_its_own_and_asks_only_once_for_the_rest(server: ThreadingHTTPServer, url: str) -> None:
+    view = View(Source(url, OTHERS_KEY))
+    view.refresh()
+    view.refresh()
+    told = shown(view.lines(Size(120, 40)))
+    assert "running 1   waiting 0\n" in told and "requests of your tenant" in told and "tokens/s" not in told
+    assert server.refused == 1 and view.away is None  # type: ignore[attr-defined]
+
+
+def test_a_long_wait_has_its_reason_beside_it_where_there_is_room() -> None:
+    rows = [
+        msgspec.convert(ROW | {"queue_ms": ms, "waits_for": "prompts of other tenants"}, Request) for ms in (9, 900)
+    ]
+    now = Snapshot("http://x", None, rows)
+    wide, narrow = (shown(frame.overview(now, Size(columns, 30), None)).splitlines() for columns in (160, 80))
+    assert [line.endswith("prompts of other tenants") for line in wide[-2:]] == [False, True]
+    assert not any("prompts of" in line for line in narrow)
 
 
 def test_a_server_that_is_away_or_refuses_or_is_another_is_named(url: str, capsys: pytest.CaptureFixture[str]) -> None:

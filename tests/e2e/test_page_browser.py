@@ -5,8 +5,6 @@ Chromium is found on the PATH and not fetched; without one these tests say that 
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,28 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "gateway"))
 
+from browsing import CHROMIUM, PATIENCE_MS, browsing
 from gateway_rig import RoteService, byte_level_json, ids_of
 from gateway_rig import running as rote
 from tiny_chat import serving, write
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: the page is NOT TESTED")
 EVIL = '<img src=x onerror="document.title=1"><script>document.title=2</script><b>bold</b>'
-PATIENCE_MS = 60_000  # a machine that is busy with other tests
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+    with browsing() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

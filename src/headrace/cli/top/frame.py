@@ -9,9 +9,10 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from headrace.cli.top.source import Memory, Request, Snapshot, Step
+from headrace.cli.top.source import Memory, Request, Snapshot, Step, Steps
 
 _RATE_OVER_S = 5.0
+_TOLD_MS = 100.0  # shorter waits need no reason in the table
 _BARS = " ▁▂▃▄▅▆▇█"
 _COLOURS = {
     "": "",
@@ -24,7 +25,8 @@ _COLOURS = {
     "bad": "31",
 }
 _STATES = {"waiting": ("waits", "dim"), "prefilling": ("reads", "prefill"), "decoding": ("writes", "decode")}
-_HEADS = ("REQUEST", "TENANT", "STATE", "AGE", "QUEUE", "FIRST", "PROMPT", "OUTPUT")
+_HEADS = ("REQUEST", "TENANT", "STATE", "AGE", "QUEUE", "FIRST", "PROMPT", "OUTPUT", "WAITED FOR")
+_WAITED = len("prompts of other requests")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +51,15 @@ def line(*pieces: str | tuple[str, str]) -> Line:
     return Line(tuple((piece, "") if isinstance(piece, str) else piece for piece in pieces))
 
 
+_YOURS = line(("The requests of your tenant; the whole server is shown to an admin's key.", "dim"))
+
+
 def overview(now: Snapshot, size: Size, chosen: str | None) -> list[Line]:
     """The whole server. `chosen` is the id of a request."""
-    steps = now.steps.data
     head = [
         line(("Headrace", "bold"), "  ", (plain(now.url), "dim")),
         _figures(now),
-        *(_memory(memory, size.columns, len(now.steps.memory) > 1) for memory in now.steps.memory),
-        *_recent(steps, size.columns),
+        *(_whole(now.steps, size.columns) if now.steps else [_YOURS]),
         line(),
     ]
     rows = None if size.rows is None else max(1, size.rows - len(head) - 2)
@@ -99,18 +102,29 @@ def rate(steps: Iterable[Step], now: float, tokens: Callable[[Step], int]) -> fl
 def _figures(now: Snapshot) -> Line:
     states = [request.state for request in now.requests]
     running = sum(state in ("prefilling", "decoding") for state in states)
-    steps, at = now.steps.data, now.steps.now
     return line(
         ("running ", "dim"),
         (f"{running:,}", "bold"),
         ("   waiting ", "dim"),
         (f"{states.count('waiting'):,}", "bold"),
+        *(_rates(now.steps) if now.steps else ()),
+    )
+
+
+def _rates(now: Steps) -> tuple[tuple[str, str], ...]:
+    steps, at = now.data, now.now
+    return (
         ("   output ", "dim"),
         (f"{rate(steps, at, lambda step: step.answer_tokens):,.0f}", "bold"),
         (" tokens/s   prompt ", "dim"),
         (f"{rate(steps, at, lambda step: step.prompt_tokens):,.0f}", "bold"),
         (" tokens/s", "dim"),
     )
+
+
+def _whole(steps: Steps, columns: int) -> list[Line]:
+    memory = [_memory(one, columns, len(steps.memory) > 1) for one in steps.memory]
+    return [*memory, *_recent(steps.data, columns)]
 
 
 def _memory(kv: Memory, columns: int, named: bool) -> Line:
@@ -139,14 +153,17 @@ def _recent(steps: Sequence[Step], columns: int) -> list[Line]:
 
 
 def _table(requests: Sequence[Request], columns: int, rows: int | None, chosen: str | None) -> list[Line]:
-    names = max(12, min(36, columns - 70))
-    widths = (names, 12, 9, 8, 8, 8, 8, 7)
+    waited = _WAITED if columns >= 70 + 12 + _WAITED else 0
+    names = max(12, min(36, columns - 70 - waited))
+    widths = (names, 12, 9, 8, 8, 8, 8, 7, waited)
     lines = [line((_cells(_HEADS, widths), "dim"))]
     for request in _window(requests, rows, chosen):
         state, how = _STATES.get(request.state, (request.finish or request.state, "dim"))
         tenant, times = request.tenant or "-", (request.total_ms, request.queue_ms, request.ttft_ms)
         counts = (f"{request.prompt_tokens:,}", f"{request.output_tokens:,}")
-        cells = (_end(plain(request.id), names), plain(tenant), plain(state), *map(duration, times), *counts)
+        waits_for = plain(request.waits_for) if request.queue_ms >= _TOLD_MS else ""
+        ends = (*map(duration, times), *counts, waits_for)
+        cells = (_end(plain(request.id), names), plain(tenant), plain(state), *ends)
         lines.append(line((_cells(cells, widths), "chosen" if request.id == chosen else how)))
     return lines if requests else [*lines, line(("no request yet", "dim"))]
 
@@ -162,9 +179,9 @@ def _window(requests: Sequence[Request], rows: int | None, chosen: str | None) -
 
 def _cells(cells: Sequence[str], widths: Sequence[int]) -> str:
     """Words to the left, numbers to the right."""
-    left = 3
+    words = (0, 1, 2, 8)
     padded = [
-        cell[:width].ljust(width) if at < left else cell.rjust(width)
+        cell[:width].ljust(width) if at in words else cell.rjust(width)
         for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
     return " ".join(padded)

@@ -23,6 +23,10 @@ class Away(HeadraceError):
     """The server did not answer, or answered something else; the message says which."""
 
 
+class Forbidden(Away):
+    """The key is one of a user, and what was asked for is shown to an admin."""
+
+
 class Memory(msgspec.Struct):
     """The KV blocks of one model."""
 
@@ -72,6 +76,7 @@ class Request(msgspec.Struct):
     tenant: str | None = None
     ttft_ms: float | None = None
     finish: str | None = None
+    waits_for: str = ""  # the main reason of its time in the queue, in a few words
 
 
 class Requests(msgspec.Struct):
@@ -93,7 +98,7 @@ class _Error(msgspec.Struct):
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     url: str
-    steps: Steps
+    steps: Steps | None  # None: this key may not see what the server does as a whole, only its tenant's requests
     requests: list[Request]
 
 
@@ -108,19 +113,30 @@ class Source:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._connection: http.client.HTTPConnection | None = None
+        self._closed = False  # are its steps, to this key
 
     def now(self) -> Snapshot:
-        return Snapshot(self._url, self._read("/v1/steps", Steps), self._read("/v1/requests?limit=100", Requests).data)
+        return Snapshot(self._url, self._steps(), self._read("/v1/requests?limit=100", Requests).data)
 
     def explain(self, request_id: str) -> list[str]:
         """Why a request took as long as it did, in sentences."""
         return self._read(f"/v1/requests/{quote(request_id, safe='')}/explain", Explanation).words
 
+    def _steps(self) -> Steps | None:
+        if self._closed:
+            return None
+        try:
+            return self._read("/v1/steps", Steps)
+        except Forbidden:
+            self._closed = True
+            return None
+
     def _read(self, path: str, kind: type[T]) -> T:
         status, body = self._get(path)
         try:
             if status != 200:
-                raise Away(f"{self._url} says {status}: {msgspec.json.decode(body, type=_Error).error.message}")
+                said = msgspec.json.decode(body, type=_Error).error.message
+                raise (Forbidden if status == 403 else Away)(f"{self._url} says {status}: {said}")
             return msgspec.json.decode(body, type=kind)
         except msgspec.DecodeError as error:
             raise Away(f"{self._url} is not a Headrace server that can be watched: {path} is {status}") from error

@@ -1,10 +1,11 @@
 // What the server does now: figures, memory, its last steps, its requests. Reads when told to, while it can be seen.
 
-import { read } from "./api.js";
+import { key, read } from "./api.js";
 import { bar, byId, count, el, keyed, stepBars, time } from "./draw.js";
 
 const STEPS = 200;
 const RATE_OVER_S = 5;
+const TOLD_MS = 100; // shorter waits need no reason in the table
 const STATES = {
   waiting: ["queue", "waits"],
   prefilling: ["prefill", "reads its prompt"],
@@ -16,6 +17,7 @@ const HELD = { places: "a place", memory: "memory", policy: "the admission polic
 export function startLive({ refused, explain }) {
   const chart = byId("steps");
   let steps = [];
+  let closed = null; // the key to which the server does not show what it does as a whole, only its tenant's requests
   let marked = null; // the step that is pointed at, counted back from the newest place
 
   chart.addEventListener("pointermove", ({ clientX }) => {
@@ -40,16 +42,36 @@ export function startLive({ refused, explain }) {
     byId("step").textContent = toldStep(steps[at]);
   }
 
+  /** The steps, or nothing where this key may not see them. */
+  async function beats() {
+    if (closed === key.get()) return null;
+    const asked = key.get();
+    try {
+      return await read("v1/steps");
+    } catch (error) {
+      if (error.status !== 403) throw error;
+      closed = asked;
+      return null;
+    }
+  }
+
+  function whole({ data, now, memory }) {
+    const all = data.map(drawable);
+    steps = all.slice(-STEPS);
+    rates(all, now);
+    bars(memory);
+    show();
+  }
+
   return async () => {
     if (!byId("live").offsetParent) return;
     try {
-      const [beats, requests] = await Promise.all([read("v1/steps"), read("v1/requests?limit=50")]);
-      const all = beats.data.map(drawable);
-      steps = all.slice(-STEPS);
-      figures(all, beats.now, requests.data);
-      memory(beats.memory);
-      show();
-      table(requests.data, explain);
+      const [beat, { data: requests }] = await Promise.all([beats(), read("v1/requests?limit=50")]);
+      document.querySelectorAll("#live .whole").forEach((part) => (part.hidden = !beat));
+      if (beat) whole(beat);
+      figures(requests);
+      table(requests, explain);
+      byId("requests-note").textContent = note(requests, beat);
       byId("away").hidden = true;
     } catch (error) {
       byId("away").hidden = refused(error);
@@ -80,23 +102,26 @@ function rate(steps, now, tokens) {
   return recent.reduce((sum, step) => sum + tokens(step) * step.repetitions * inside(step), 0) / RATE_OVER_S;
 }
 
-function figures(steps, now, requests) {
-  const inState = (...states) => requests.filter(({ state }) => states.includes(state)).length;
-  byId("running").textContent = count(inState("prefilling", "decoding"));
-  byId("waiting").textContent = count(inState("waiting"));
+function rates(steps, now) {
   byId("output-rate").textContent = count(rate(steps, now, (step) => step.answers));
   byId("prompt-rate").textContent = count(rate(steps, now, (step) => step.tokens - step.answers));
 }
 
+function figures(requests) {
+  const inState = (...states) => requests.filter(({ state }) => states.includes(state)).length;
+  byId("running").textContent = count(inState("prefilling", "decoding"));
+  byId("waiting").textContent = count(inState("waiting"));
+}
+
 /** A bar for each model that has blocks. */
-function memory(models) {
-  const bars = models.map(({ model, total_blocks, used_blocks, cached_blocks, block_tokens }) => {
+function bars(models) {
+  const drawn = models.map(({ model, total_blocks, used_blocks, cached_blocks, block_tokens }) => {
     const free_blocks = total_blocks - used_blocks - cached_blocks;
     const part = (kind, blocks, word) => [kind, blocks, `${count(blocks * block_tokens)} ${word}`];
     const parts = [part("decode", used_blocks, "in use"), part("cached", cached_blocks, "cached"), part("free", free_blocks, "free")];
     return bar(models.length > 1 ? `KV of ${model}` : "Tokens in KV memory", parts);
   });
-  byId("memory").replaceChildren(...bars.flat());
+  byId("memory").replaceChildren(...drawn.flat());
 }
 
 function table(requests, explain) {
@@ -104,18 +129,23 @@ function table(requests, explain) {
   const rows = requests.map((one) => row(one, explain));
   byId("requests").tBodies[0].replaceChildren(...rows);
   if (focused) rows.map((line) => line.querySelector("button")).find((button) => button.dataset.request === focused)?.focus();
-  byId("requests-note").textContent = requests.length ? "Choose one to see where its time goes." : "No request yet.";
+}
+
+function note(requests, whole) {
+  const choose = requests.length ? "Choose one to see where its time goes." : "No request yet.";
+  return whole ? choose : `${choose} These are your tenant’s; the whole server is shown to an admin’s key.`;
 }
 
 function row(one, explain) {
   const open = el("button", { type: "button", class: "link", "data-request": one.id, onclick: () => explain(one.id) }, short(one.id));
   const state = STATES[one.state] ?? ["free", one.finish ?? one.state];
+  const why = one.waits_for && one.queue_ms >= TOLD_MS && el("div", { class: "under" }, `waited for ${one.waits_for}`);
   return el(
     "tr",
     { class: one.state === "finished" && "done" },
     el("th", { scope: "row", title: one.id }, open),
     el("td", {}, one.tenant || "–"),
-    el("td", {}, keyed(...state)),
+    el("td", {}, keyed(...state), why || null),
     ...[one.total_ms, one.queue_ms, one.ttft_ms].map((ms) => el("td", {}, time(ms))),
     el("td", {}, `${count(one.prompt_tokens)} + ${count(one.output_tokens)}`),
   );
