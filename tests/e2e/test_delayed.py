@@ -132,12 +132,11 @@ def test_the_page_says_so(crowd: Crowd) -> None:
         tab.goto(crowd.url)
         tab.fill("#key", crowd.keys["bob"])
         tab.press("#key", "Enter")
-        row = tab.locator("#requests tbody tr")
-        row.first.wait_for()
-        assert "waited for prompts of other tenants" in row.inner_text()  # and there is but one
+        tab.locator("#requests tbody tr").first.wait_for()
+        assert tab.locator("#requests tr.reason").inner_text() == "waited for prompts of other tenants"
         assert not tab.locator("#memory").is_visible() and not tab.locator("#steps").is_visible()
         assert "your tenant’s" in tab.locator("#requests-note").inner_text()
-        row.locator("button").click()
+        tab.locator("#requests tbody button").click()  # there is but one
         tab.wait_for_selector("#why .words li")
         assert re.search(SAID, tab.locator("#why .words").inner_text())
         assert tab.locator("#why .timeline rect.queue").count() == 1

@@ -127,6 +127,10 @@ def test_a_phone_shows_one_view_at_a_time(browser: Any, url: str) -> None:
         assert tab.locator("#live").is_visible() and not tab.locator("#chat").is_visible()
         tab.locator("#requests tbody tr").first.wait_for()
         assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+        tab.click("[data-show=chat]")
+        tab.click("#options > summary")
+        wide = tab.evaluate("[...document.querySelectorAll('#system, #temperature')].map((box) => box.offsetWidth)")
+        assert wide[0] > 300 > 200 > wide[1], "fields do not stand in their grid"
 
 
 def test_a_server_that_asks_for_a_key_gets_one(browser: Any, url: str) -> None:

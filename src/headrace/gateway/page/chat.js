@@ -132,6 +132,8 @@ function restore() {
   try {
     const { turns, fields } = JSON.parse(sessionStorage.getItem(STORE));
     FIELDS.forEach((id) => (byId(id).value = fields[id] ?? ""));
+    const last = turns.at(-1);
+    if (last?.role === "assistant" && last.total_ms == null) turns.splice(-2); // left while it waited
     return turns;
   } catch {
     return [];
@@ -182,6 +184,7 @@ function footer(turn, explain) {
     turn.first_ms && `first after ${time(turn.first_ms)}`,
     turn.tokens > 1 && `${((1000 * (turn.tokens - 1)) / (turn.total_ms - turn.first_ms)).toFixed(1)} tokens/s`,
     turn.note,
+    turn.total_ms == null && !turn.note && !turn.error && "waits for its first token",
   ];
   const why = turn.id && turn.total_ms && el("button", { type: "button", class: "link", onclick: () => explain(turn.id) }, "Where did the time go?");
   const error = turn.error && el("p", { class: "refused", role: "alert" }, turn.error);

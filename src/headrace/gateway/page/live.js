@@ -126,9 +126,9 @@ function bars(models) {
 
 function table(requests, explain) {
   const focused = document.activeElement?.dataset?.request;
-  const rows = requests.map((one) => row(one, explain));
+  const rows = requests.flatMap((one) => [row(one, explain), ...reason(one)]);
   byId("requests").tBodies[0].replaceChildren(...rows);
-  if (focused) rows.map((line) => line.querySelector("button")).find((button) => button.dataset.request === focused)?.focus();
+  if (focused) rows.map((line) => line.querySelector("button")).find((button) => button?.dataset.request === focused)?.focus();
 }
 
 function note(requests, whole) {
@@ -139,16 +139,22 @@ function note(requests, whole) {
 function row(one, explain) {
   const open = el("button", { type: "button", class: "link", "data-request": one.id, onclick: () => explain(one.id) }, short(one.id));
   const state = STATES[one.state] ?? ["free", one.finish ?? one.state];
-  const why = one.waits_for && one.queue_ms >= TOLD_MS && el("div", { class: "under" }, `waited for ${one.waits_for}`);
   return el(
     "tr",
     { class: one.state === "finished" && "done" },
     el("th", { scope: "row", title: one.id }, open),
     el("td", {}, one.tenant || "–"),
-    el("td", {}, keyed(...state), why || null),
+    el("td", {}, keyed(...state)),
     ...[one.total_ms, one.queue_ms, one.ttft_ms].map((ms) => el("td", {}, time(ms))),
     el("td", {}, `${count(one.prompt_tokens)} + ${count(one.output_tokens)}`),
   );
+}
+
+/** A line of its own below the request, so that it takes no width from the figures. */
+function reason({ waits_for, queue_ms, state }) {
+  if (!waits_for || queue_ms < TOLD_MS) return [];
+  const told = `${state === "waiting" ? "waits" : "waited"} for ${waits_for}`;
+  return [el("tr", { class: "reason" }, el("td", { class: "under", colspan: 7 }, told))];
 }
 
 const short = (id) => (id.length > 14 ? `…${id.slice(-8)}` : id);

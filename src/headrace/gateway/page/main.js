@@ -46,6 +46,7 @@ async function listModels() {
       return el("option", { value: id, selected: id === chosen }, id + note);
     });
     picker.replaceChildren(...options);
+    picker.hidden = !options.length;
     byId("state").textContent = "";
     byId("state").className = "state";
   } catch (error) {
