@@ -83,7 +83,8 @@ def main() -> None:
     rounds = options.parse_args().rounds
     args = parser().parse_args(["serve", "smollm2", "--kv-memory", "256MiB", "--max-context", "512"])
     assembled = assemble(args, {}, Phases())
-    executor, grammar = assembled.loaded.executor, Grammar("json_schema", json.dumps(SCHEMA))
+    executor, grammar = assembled.executor, Grammar("json_schema", json.dumps(SCHEMA))
+    assert isinstance(executor, ModelExecutor)
     assembled.grammars.check(grammar)
     ratios: list[float] = []
     for number in range(rounds):

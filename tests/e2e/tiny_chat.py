@@ -60,14 +60,14 @@ def serving(folder: Path, *flags: str) -> Iterator[str]:
     async def main() -> None:
         found["loop"], found["task"] = asyncio.get_running_loop(), asyncio.current_task()
         app = application(Models([model_of(assembled, assembled.engine, settings)]), settings, beside.extras)
-        running = [asyncio.create_task(run) for run in _beside(assembled.engine.run(), beside)]
+        running = [asyncio.create_task(run) for run in _beside(assembled.run(), beside)]
         try:
             await serve(app, assembled.engine, settings, announce)
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-            await assembled.loaded.executor.close()
+            await assembled.executor.close()
 
     thread = threading.Thread(target=_run, args=(main, listening))
     thread.start()

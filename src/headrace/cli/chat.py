@@ -88,7 +88,7 @@ async def _talk(args: argparse.Namespace, assembled: Assembled) -> int:
     finally:
         engine.cancel()
         await asyncio.gather(engine, return_exceptions=True)
-        await assembled.loaded.executor.close()
+        await assembled.executor.close()
         assembled.text.close()
     return 0
 

@@ -6,13 +6,12 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING
 
-from headrace.cli.assemble import Assembled, Phases
+from headrace.cli.assemble import Assembled, Phases, open_embedding
 from headrace.core import clock, config
 from headrace.core.config import BadSetting, GatewaySettings
-from headrace.core.ports import Service
+from headrace.core.ports import Encoder, Service
 
 if TYPE_CHECKING:
     from headrace.engine.embedding import Batcher
@@ -38,7 +37,7 @@ def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases, 
     from headrace.gateway.endpoints import Extras
     from headrace.gateway.explaining import Book
 
-    found = open_embedding(assembled, settings, phase)
+    found = embedding_of(assembled, settings, phase)
     batcher, words, cards = found if found else (None, None, ())
     database = open_database(assembled.name, settings)
     phase.done()
@@ -66,38 +65,47 @@ def model_of(assembled: Assembled, service: Service, settings: GatewaySettings) 
     return Model(assembled.name, service, assembled.text, card_of(assembled), assembled.metrics, checks)
 
 
-def open_embedding(
+def embedding_of(
     assembled: Assembled, settings: GatewaySettings, phase: Phases
 ) -> tuple[Batcher, Words, tuple[Card, ...]] | None:
-    from headrace.device import sources
-    from headrace.device.encoder import open_encoder
+    """The embedding model: where the other computes, so that the two never compute at once."""
     from headrace.engine.embedding import Batcher
     from headrace.gateway.card import Card
     from headrace.gateway.embedding import Words
 
-    name = settings.embedding_model
-    if name in ("none", ""):
+    found = _encoder(assembled, settings, phase)
+    if found is None:
         return None
-    try:
-        path = sources.resolve(name, config.home())
-    except sources.NoSuchModel:
-        if name == sources.EMBEDDING_DEFAULT:
-            return None
-        raise
-    phase(f"load the embedding model {path.name if name == str(path) else name}")
-    encoder, tokenizer_json = open_encoder(path, path.name if name == str(path) else name, assembled.loaded.device)
+    encoder, tokenizer_json, nbytes = found
     encoding = encoder.encoding
     card = Card(
         encoding.model,
         family="bert",
-        parameters=encoder.model.nbytes // 4,
-        weights_bytes=encoder.model.nbytes,
+        parameters=nbytes // 4,
+        weights_bytes=nbytes,
         quantization="F32",
         context_tokens=encoding.max_tokens,
         embedding_dimensions=encoding.dimensions,
         loaded_s=clock.wall(),
     )
-    return Batcher(encoder.on(assembled.loaded.executor.thread), _WAITING_TOKENS), Words(tokenizer_json), (card,)
+    return Batcher(encoder, _WAITING_TOKENS), Words(tokenizer_json), (card,)
+
+
+def _encoder(assembled: Assembled, settings: GatewaySettings, phase: Phases) -> tuple[Encoder, str, int] | None:
+    """(encoder, its tokenizer.json, bytes of weights)."""
+    if assembled.apart is not None:
+        facts = assembled.loaded.encoder
+        return None if facts is None else (assembled.apart, facts.tokenizer_json, facts.nbytes)
+    if settings.embedding_model in ("none", ""):
+        return None
+    opened = open_embedding(settings.embedding_model, assembled.loaded.device, phase)
+    if opened is None:
+        return None
+    encoder, tokenizer_json = opened
+    from headrace.device.executor import ModelExecutor
+
+    assert isinstance(assembled.executor, ModelExecutor)
+    return encoder.on(assembled.executor.thread), tokenizer_json, encoder.model.nbytes
 
 
 def open_database(model: str, settings: GatewaySettings) -> Database | None:
@@ -117,16 +125,15 @@ def card_of(assembled: Assembled) -> Card:
     """What may be told of the model that writes."""
     from headrace.gateway.card import Card
 
-    checkpoint = assembled.checkpoint
-    tensors = checkpoint.tensors
+    model = assembled.model
     return Card(
         assembled.name,
-        family=str(checkpoint.config.get("model_type", "unknown")),
-        parameters=sum(prod(tensors.shape(stored)) for stored in tensors.names()),
-        weights_bytes=checkpoint.file_bytes,
-        format="gguf" if type(tensors).__name__ == "GGUFTensors" else "safetensors",
+        family=model.family,
+        parameters=model.parameters,
+        weights_bytes=model.file_bytes,
+        format=model.format,
         quantization=assembled.loaded.dtype.upper(),
-        context_tokens=assembled.loaded.executor.capacity.max_context_tokens,
-        template=checkpoint.chat_template or "",
+        context_tokens=assembled.loaded.capacity.max_context_tokens,
+        template=model.chat_template or "",
         loaded_s=clock.wall(),
     )

@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
         "keys", help="say who may use the server", description=__doc__, formatter_class=Formatter
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    new = _action(actions, "add", "make a key and show it once", _add)
+    new = _action(actions, "add", "issue a key and show it once", _add)
     new.add_argument("name", metavar="NAME", help="for people: who or what it is for; letters, digits and . _ @ -")
     new.add_argument("--admin", action="store_true", help="also opens /metrics and everybody's requests")
     new.add_argument(

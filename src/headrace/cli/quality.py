@@ -108,7 +108,7 @@ async def _judged(args: argparse.Namespace, name: str) -> Judged:
     finally:
         engine.cancel()
         await asyncio.gather(engine, return_exceptions=True)
-        await assembled.loaded.executor.close()
+        await assembled.executor.close()
         assembled.text.close()
 
 

@@ -93,7 +93,8 @@ def _measured(
     rows: list[int], contexts: list[int], prompts: list[int], phase: Phases,
 ) -> Roofline:  # fmt: skip
     """Load the model, measure its steps, and put them beside their limits."""
-    from headrace.device.load import MOST_STEP_TOKENS, load
+    from headrace.core.facts import MOST_STEP_TOKENS
+    from headrace.device.load import load
     from headrace.sim.roofline import limits
     from headrace.sim.roofline.report import Prefill, Roofline, joined
 

@@ -76,7 +76,7 @@ async def _serve(assembled: Assembled, beside: Beside, settings: GatewaySettings
     def ready(url: str) -> None:
         print(_HELLO.format(url=url, name=assembled.name), file=sys.stderr, flush=True)
 
-    running = [asyncio.create_task(assembled.engine.run())]
+    running = [asyncio.create_task(assembled.run())]
     if beside.batcher is not None:
         running.append(asyncio.create_task(beside.batcher.run()))
     try:
@@ -85,5 +85,5 @@ async def _serve(assembled: Assembled, beside: Beside, settings: GatewaySettings
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        await assembled.loaded.executor.close()
+        await assembled.executor.close()
     return 0

@@ -184,6 +184,11 @@ class GatewaySettings:
     otlp_endpoint: str | None = setting(
         None, "send OpenTelemetry spans of requests to this collector, such as http://localhost:4318"
     )
+    engine: str = setting(
+        "process",
+        "where the model computes: in a process of its own, which may crash and come back, or a thread of the server",
+        ("process", "thread"),
+    )
     record: Path | None = setting(
         None, "write when requests came, how long they were and what they shared to this file, never what they said"
     )

@@ -120,4 +120,14 @@ class Rejected(NamedTuple):
     reason: str
 
 
-Event = Arrived | Admitted | Planned | Idle | StepDone | Preempted | Drew | Decoded | Verified | Finished | Rejected
+class Lost(NamedTuple):
+    """The executor is gone, with everything it held. A `Preempted` of each who ran follows."""
+
+    at_s: float
+    reason: str
+    begun: bool  # a step was under way that may have been the reason
+
+
+Event = (
+    Arrived | Admitted | Planned | Idle | StepDone | Preempted | Drew | Decoded | Verified | Finished | Rejected | Lost
+)

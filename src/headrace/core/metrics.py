@@ -16,6 +16,7 @@ from headrace.core.events import (
     Drew,
     Event,
     Finished,
+    Lost,
     Preempted,
     Rejected,
     StepDone,
@@ -89,6 +90,7 @@ class Metrics:
         self.drafted_tokens = 0
         self.accepted_tokens = 0  # of these
         self.rejected = 0
+        self.losses = 0  # of the executor
         self.finished: Counter[str] = Counter()
         self.histograms = {
             "time_to_first_token_seconds": Histogram("Arrival to first token.", _SLOW_S),
@@ -132,6 +134,8 @@ class Metrics:
                 self.preemptions += 1
             case Rejected():
                 self.rejected += 1
+            case Lost():
+                self.losses += 1
             case Finished():
                 self._finish(event)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from headrace.core.events import Event
 from headrace.core.step import Run, StepPlan, StepResult
-from headrace.core.types import FinishReason, Output, Request, RequestId
+from headrace.core.types import FinishReason, HeadraceError, Output, Request, RequestId
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Executor(Protocol):
 
     async def run(self, plan: StepPlan) -> StepResult:
         """Perform one step. Raises if the step failed as a whole; the executor has then forgotten all its requests, but
-        those whose step is under way in another lane."""
+        those whose step is under way in another lane. Raises ExecutorLost if the executor itself is gone."""
         ...
 
     def interrupt(self) -> Run | None:
@@ -53,12 +53,24 @@ class Executor(Protocol):
     async def close(self) -> None: ...
 
 
+class ExecutorLost(HeadraceError):
+    """The executor is gone, with all KV and everybody it knew; every step under way in any lane is told the same. It
+    answers nothing until `again` has returned."""
+
+    def __init__(self, message: str, again: Callable[[float], Awaitable[None]], begun: bool = True) -> None:
+        """`again(delay_s)` starts it anew after so many seconds; raises HeadraceError if that fails, and may then be
+        tried once more. `begun`: it may have been the step that was too much for it; False, if it was gone before."""
+        super().__init__(message)
+        self.again = again
+        self.begun = begun
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
     """A snapshot of one service for health pages, clients and policies."""
 
     model: str
-    state: str  # "ready", "draining" or "failed"
+    state: str  # "ready", "stalled", "restarting", "draining" or "failed"
     capacity: Capacity
     running: int
     waiting: int
@@ -66,7 +78,9 @@ class Status:
     used_blocks: int
     steps: int
     last_progress_s: float  # clock time of the last finished step, or of start
-    error: str | None = None  # with "failed"
+    error: str | None = None  # why it is neither ready nor draining
+    restarts: int = 0  # of the executor
+    violations: int = 0  # of the scheduler's invariants, found at idle
     cached_blocks: int = 0  # used by nobody, with KV worth finding
 
 

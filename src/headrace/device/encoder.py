@@ -69,11 +69,11 @@ def is_encoder(folder: Path) -> bool:
     return folder.is_dir() and (folder / "modules.json").is_file()
 
 
-def open_encoder(folder: Path, name: str, device: torch.device | None = None) -> tuple[TorchEncoder, str]:
+def open_encoder(folder: Path, name: str, device: torch.device | str | None = None) -> tuple[TorchEncoder, str]:
     """The model of a sentence-transformers folder, and its tokenizer.json. Raises BadModelFile."""
     if not is_encoder(folder):
         raise BadModelFile(f"{folder} is no embedding model: it has no modules.json that says how to pool")
-    device = device or torch.device("cpu")
+    device = torch.device(device or "cpu")
     config = BertConfig.from_hf(read_object(folder / "config.json"))
     weights = open_weights(folder)
     prefix = "bert." if "bert.embeddings.word_embeddings.weight" in weights.names() else ""

@@ -9,23 +9,46 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from headrace.core.shape import ModelShape
+from headrace.core.types import HeadraceError
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Memory of somebody else, as a file descriptor: it outlives this process. `good`: what is in it stays; if not, it
+    is emptied."""
+
+    fd: int
+    good: bool = False
 
 
 class KVStore:
-    """Owns the KV tensors of all layers. Which block belongs to whom is the scheduler's business."""
+    """Owns the KV tensors of all layers. Which block belongs to whom is the scheduler's business. On a CPU they may lie
+    in memory that is `kept`."""
 
     def __init__(
-        self, shape: ModelShape, blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        shape: ModelShape,
+        blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kept: Kept | None = None,
     ) -> None:
         size = (shape.kv_heads, blocks * block_tokens, shape.head_dim)
-        self.keys = [_zeros(size, dtype, device) for _ in range(shape.layers)]
-        self.values = [_zeros(size, dtype, device) for _ in range(shape.layers)]
+        if kept is not None and device.type == "cpu":
+            planes = _planes_in(kept, 2 * shape.layers, size, dtype)
+            self.keys, self.values = planes[: shape.layers], planes[shape.layers :]
+        else:
+            self.keys = [_zeros(size, dtype, device) for _ in range(shape.layers)]
+            self.values = [_zeros(size, dtype, device) for _ in range(shape.layers)]
         self.blocks = blocks
         self.block_tokens = block_tokens
         self._scratch = threading.local()  # two stretches of memory for each thread that reads
@@ -66,6 +89,20 @@ class KVStore:
             scratch[which] = plane.new_empty(elements)
         out = scratch[which][:elements].view(strips.numel(), -1)
         return torch.index_select(by_strip, 0, strips.flatten(), out=out).view(heads * n, m * self.block_tokens, width)
+
+
+def _planes_in(kept: Kept, count: int, size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """So many planes one after the other, each from a page on. Raises HeadraceError for content of another size."""
+    page = mmap.ALLOCATIONGRANULARITY
+    stride = -(-math.prod(size) * dtype.itemsize // page) * page
+    if kept.good and os.fstat(kept.fd).st_size != count * stride:
+        raise HeadraceError("the KV that was kept is not of this model's size; forget it and load the model anew")
+    if not kept.good:
+        os.ftruncate(kept.fd, 0)  # pages that come from the kernel are zero
+        os.ftruncate(kept.fd, count * stride)
+    pages = mmap.mmap(kept.fd, count * stride)
+    elements = math.prod(size)
+    return [torch.frombuffer(pages, dtype=dtype, count=elements, offset=at * stride).view(size) for at in range(count)]
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from headrace.core.config import DeviceSettings
+from headrace.core.facts import MOST_STEP_TOKENS, EncoderFacts, LoadFacts, Memory
 from headrace.core.ports import Capacity, least_copied_blocks
 from headrace.core.shape import ModelShape
 from headrace.core.types import HeadraceError
@@ -17,15 +18,13 @@ from headrace.device.checkpoint import Checkpoint
 from headrace.device.executor import Forward, ModelExecutor, one_thread
 from headrace.device.forward import TorchForward
 from headrace.device.hosttier import HostTier
-from headrace.device.kvstore import KVStore
+from headrace.device.kvstore import Kept, KVStore
 from headrace.device.linear import Linears
 from headrace.device.llama import Llama, LlamaConfig
-from headrace.device.memory import Memory
 from headrace.device.native import forward as native
 from headrace.device.native.library import variant
 from headrace.device.native.weights import FORMATS, Packer, pack
 
-MOST_STEP_TOKENS = 2048  # the activations of larger steps are not worth their memory
 _MEASURED_TOKENS = (16, 256)
 _MEASURED_BLOCKS = 16
 
@@ -41,6 +40,13 @@ class Loaded:
     kv: str  # how keys and values are stored
     kernels: str  # "torch", or the variant of the native kernels
 
+    def facts(self, encoder: EncoderFacts | None = None) -> LoadFacts:
+        """The same for whoever has no business with tensors."""
+        capacity, device = self.executor.capacity, self.device.type
+        return LoadFacts(
+            capacity, self.memory, self.dtype, device, self.steps, self.read_bytes, self.kv, self.kernels, encoder
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Built:
@@ -53,7 +59,7 @@ class Built:
     kernels: str
     kv_shape: ModelShape  # of the stored planes
     kv_dtype: torch.dtype
-    open: Callable[[int], Forward]  # with so many blocks
+    open: Callable[[int, Kept | None], Forward]  # with so many blocks, in this memory
 
 
 def load(
@@ -70,13 +76,13 @@ def load(
     thread = one_thread()
     sizes = (block_tokens, max_running, step_tokens, host_bytes)
     try:
-        return thread.submit(_load, checkpoint, settings, *sizes, phase, thread).result()
+        return thread.submit(load_here, checkpoint, settings, *sizes, phase, thread).result()
     except BaseException:
         thread.shutdown(wait=False, cancel_futures=True)
         raise
 
 
-def _load(
+def load_here(
     checkpoint: Checkpoint,
     settings: DeviceSettings,
     block_tokens: int,
@@ -84,9 +90,12 @@ def _load(
     step_tokens: int,
     host_bytes: int,
     phase: Callable[[str], None],
-    thread: ThreadPoolExecutor,
+    thread: ThreadPoolExecutor | None = None,
+    kv: Kept | None = None,
+    measured: bool = True,
 ) -> Loaded:
-    """`load`, on the thread that will compute."""
+    """`load`, on the thread that will compute, which is the caller's. On a CPU, KV lies in the memory `kv` if there is
+    one. Not `measured`: step times are not asked for, nor is what is worth a copy."""
     device, dtype = place(settings)
     config = LlamaConfig.from_hf(checkpoint.config)
     why_not = _why_not_native(config, settings, device, block_tokens)
@@ -107,13 +116,16 @@ def _load(
         max_running=max_running,
     )
     capacity = Capacity(memory.blocks, block_tokens, context, config.shape.vocab, layers=config.shape.layers)
-    forward = built.open(memory.blocks)
+    forward = built.open(memory.blocks, kv)
     executor = ModelExecutor(forward, capacity, thread)
-    phase("measure step times")
-    steps = tuple(executor.measure(_MEASURED_TOKENS))
+    steps: tuple[tuple[int, float], ...] = ()
+    if measured:
+        phase("measure step times")
+        steps = tuple(executor.measure(_MEASURED_TOKENS))
     if host_bytes:
         host = HostTier(forward.store, memory_room.host_blocks(host_bytes, memory.block_bytes))
-        executor = ModelExecutor(forward, _with_host(capacity, host, steps), thread, host)
+        capacity = _with_host(capacity, host, steps) if steps else replace(capacity, host_blocks=host.blocks)
+        executor = ModelExecutor(forward, capacity, thread, host)
     return Loaded(executor, memory, built.dtype, device, steps, built.read, built.kv, built.kernels)
 
 
@@ -151,8 +163,8 @@ def _native(
     kv = settings.kv_dtype if settings.kv_dtype != "auto" else "fp32" if exact else "bf16"
     kind = next(each for each in native.KV_KINDS if each.name == kv)
 
-    def open_with(blocks: int) -> Forward:
-        store = native.kv_store(config.shape, blocks, block_tokens, kind)
+    def open_with(blocks: int, kept: Kept | None) -> Forward:
+        store = native.kv_store(config.shape, blocks, block_tokens, kind, kept)
         return native.NativeForward(config, packed, packer, store, kind, threads)
 
     weights = "+".join(sorted(packer.bits, key=lambda each: -packer.bits[each]))
@@ -180,8 +192,8 @@ def _torch(
     with torch.inference_mode():
         model = Llama(config, checkpoint.tensor, linears.pack, dtype, device, linears.padded)
 
-    def open_with(blocks: int) -> Forward:
-        return TorchForward(model, linears, KVStore(config.shape, blocks, block_tokens, dtype, device))
+    def open_with(blocks: int, kept: Kept | None) -> Forward:
+        return TorchForward(model, linears, KVStore(config.shape, blocks, block_tokens, dtype, device, kept))
 
     weights = linears.nbytes + model.nbytes
     return Built(weights, linears.nbytes, name(dtype), name(dtype), "torch", config.shape, dtype, open_with)

@@ -1,4 +1,4 @@
-"""Where the memory goes: weights, activations and KV, as one table that a person can check with a pocket calculator.
+"""Where the memory goes: weights, activations and KV.
 
 `size` decides how many KV blocks there will be. When nothing fits, the error shows the same table and the flag that
 would make it fit.
@@ -6,12 +6,11 @@ would make it fit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import psutil
 import torch
 
 from headrace.core.config import Bytes, format_bytes
+from headrace.core.facts import Memory
 from headrace.core.shape import ModelShape
 from headrace.core.types import HeadraceError
 from headrace.device.kvstore import KVStore
@@ -22,46 +21,6 @@ _CUDA_SHARE = 0.9
 
 class DoesNotFit(HeadraceError):
     """Not enough memory for one request of useful length; the message has the table and the remedy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """One replica's memory in bytes. `weights` is measured, `activations` a bound computed from the step's size."""
-
-    weights: int
-    activations: int
-    kv: int
-    free: int  # on the device after loading, before KV
-    block_bytes: int
-    block_tokens: int
-    max_context_tokens: int
-
-    @property
-    def blocks(self) -> int:
-        return self.kv // self.block_bytes
-
-    @property
-    def tokens(self) -> int:
-        return self.blocks * self.block_tokens
-
-    def table(self) -> str:
-        """The memory as text: one line per use, then what it means in tokens and requests."""
-        per_token = self.block_bytes / self.block_tokens
-        lengths = [length for length in (512, 2048, 8192, 32768) if length < self.max_context_tokens]
-        requests = [
-            f"  {self.tokens // length:>8,} concurrent requests of {length:,} tokens"
-            for length in (*lengths, self.max_context_tokens)
-        ]
-        return "\n".join(
-            [
-                f"  {'weights':12} {format_bytes(self.weights):>10}",
-                f"  {'activations':12} {format_bytes(self.activations):>10}  (at most, in one step)",
-                f"  {'KV':12} {format_bytes(self.kv):>10}  {self.tokens:,} tokens at {format_bytes(per_token)} each,"
-                f" {self.blocks:,} blocks of {self.block_tokens}",
-                f"  {'free before':12} {format_bytes(self.free):>10}",
-                *requests,
-            ]
-        )
 
 
 def size(

@@ -30,10 +30,15 @@ class Memory:
         self, blocks: int, block_tokens: int, prefix_cache: bool, host_blocks: int = 0, least_copied_blocks: int = 1
     ) -> None:
         self.block_tokens = block_tokens
+        self._prefix_cache = prefix_cache
+        self._host = host_blocks, least_copied_blocks
+        self._clear(blocks)
+
+    def _clear(self, blocks: int) -> None:
+        host_blocks, least = self._host
         self.index = PrefixIndex()
         self.pool = Pool(blocks, self.index)
-        self.tiers = Tiers(host_blocks, block_tokens, least_copied_blocks, self.index.find) if host_blocks else None
-        self._prefix_cache = prefix_cache
+        self.tiers = Tiers(host_blocks, self.block_tokens, least, self.index.find) if host_blocks else None
 
     def enrol(self, progress: Progress) -> None:
         """Decide whether a new request may find blocks of others and be found itself, and how many it may need."""
@@ -185,6 +190,15 @@ class Memory:
                 self.tiers.forget(key)
         if self.tiers:
             self.tiers.fail()
+
+    def lose(self, requests: Iterable[Progress]) -> None:
+        """All content is gone, on the device and on the host. Nobody holds anything; those who wait may have left
+        copies."""
+        self._clear(self.pool.blocks)
+        for progress in requests:
+            progress.blocks = []
+            progress.computed_tokens = progress.named_blocks = progress.cached_blocks = progress.swapped_blocks = 0
+            progress.pending_tokens = progress.passed_layers = progress.drafted_tokens = 0
 
     def check(self, requests: Iterable[Progress]) -> None:
         """Everything held is held by one of `requests`, and every table is just long enough."""

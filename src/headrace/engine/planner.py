@@ -61,8 +61,7 @@ class Planner:
         """Let the batch policy name its wishes, and grant what is possible. Whatever it wishes, the first in the
         ordering is not stuck twice in a row, and somebody is served."""
         lines = self._lines
-        if self._budget is not None:
-            step.token_budget = self._budget.begin(len(step.decoding), lines.decoding.context_tokens)
+        self._begin(step)
         if self._first_is_stuck:
             self._serve_first(step)
         elif State.WAITING in step.serves and self._startable and not self._patient:
@@ -85,6 +84,15 @@ class Planner:
         if self._budget is not None:
             self._budget.planned(step.number, step.others, step.beat, self._layers)
         assert not step.empty or self._memory.fetching or step.serves is not EVERYBODY, "nobody was served"
+
+    def fill_alone(self, step: Step, progress: Progress) -> bool:
+        """One request and nobody beside it. Returns False if it may not start: `fill` the step then."""
+        self._begin(step)
+        return self._serve(progress, max(1, step.token_budget), False, step) > 0
+
+    def _begin(self, step: Step) -> None:
+        if self._budget is not None:
+            step.token_budget = self._budget.begin(len(step.decoding), self._lines.decoding.context_tokens)
 
     def must_wait(self, serves: frozenset[State]) -> bool:
         """Whether a lane that serves these has nobody to serve; or has to wait because the first in the ordering found

@@ -141,6 +141,12 @@ class Progress:
         if token is not None:
             self.output_ids += [token] * (self.output_tokens - len(self.output_ids))
 
+    def undraw(self, tokens: int) -> None:
+        """The last so many of those whose drawing was planned are not drawn after all."""
+        assert self.pace is None, "who decodes goes on with the others"
+        self.output_tokens -= tokens
+        del self.output_ids[self.output_tokens :]
+
     @property
     def held_blocks(self) -> int:
         return len(self.blocks)

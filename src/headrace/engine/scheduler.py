@@ -36,6 +36,7 @@ from headrace.engine.planner import Planner
 from headrace.engine.policy import Policies, choose
 from headrace.engine.progress import Progress, State, check_servable
 from headrace.engine.queue import Bounds, Deadlines, Lines
+from headrace.engine.suspects import Suspects
 
 _Drawn = tuple[list[tuple[int, ...]], list[int], list[tuple[TokenLogprob, ...]]]  # as drawn, the last token, logprobs
 _Kept = dict[Progress, Sampled]  # by those who had drafts
@@ -92,6 +93,7 @@ class Scheduler:
         if self._policies.shares is not None and capacity.host_blocks:
             raise HeadraceError("two lanes have no host tier: take --lanes one, or no --host-kv-memory")
         self._flights = Flights(self._policies.shares)  # planned, and neither committed nor failed
+        self._suspects = Suspects(isolates=self.lanes == 1)
 
     # -- requests come and go ------------------------------------------------------------------------------------------
 
@@ -189,7 +191,8 @@ class Scheduler:
         step = Step(self.steps, now, self.token_budget, decoding)
         if flights.lanes > 1:
             step.lane, step.serves, step.beside = lane, serves, flights.beside(lane)
-        if self._lines.live:
+        suspect = self._suspects.alone()
+        if self._lines.live and (suspect is None or not self._planner.fill_alone(step, suspect)):
             self._planner.fill(step, self.capacity.steps if flights.lanes == 1 else 1)
         return self._seal(step)
 
@@ -206,6 +209,8 @@ class Scheduler:
         kept = _kept(step, result) if step.drafted else {}
         drawn = _drawn([*members, *drawing], kept, result) if result.others_drew is None else None
         self._went_by(step, run, now, len(members))
+        if self._suspects:
+            self._suspects.drew([*members, *drawing])
         self._flights.end(step)
         self._lines.decoding.pace.token = result.others_drew
         self._leave(step, [])
@@ -254,11 +259,39 @@ class Scheduler:
                 self._planner.preempt(progress, now, "a step failed")
         return outputs
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether a step is planned, and neither committed nor failed."""
+        return bool(self._flights.steps)
+
+    def lost(self, now: float, reason: str, begun: bool = True) -> list[Output]:
+        """The executor is gone, with all KV and everybody it knew. Whoever ran waits again, in its old place, and will
+        go on from the tokens it has drawn; no step is in flight any more. If one had `begun` when it was lost, those
+        whose fault that must be end with an error."""
+        flights = list(self._flights.steps.values())
+        self._observe(events.Lost(now, reason, begun and bool(flights)))
+        served = [[*_without(step.members, step.left), *(one for one, _ in self._served(step))] for step in flights]
+        for step in flights:
+            self._flights.end(step)
+        for progress in self._lines.running():
+            drawing = progress.pace is not None and any(step.draws(progress) for step in flights)
+            self._observe(events.Preempted(now, progress.id, progress.computed_tokens, "the executor was lost"))
+            self._lines.move(progress, State.WAITING)
+            progress.undraw(int(drawing))
+            progress.preemptions += 1
+            progress.queued_s = now
+        self._lines.released.clear()
+        self._memory.lose(self._lines.live.values())
+        guilty = self._suspects.lost([one for some in served for one in some] if begun else [])
+        error = f"the executor was lost each time it computed this request, the last time because {reason}"
+        return [self._finish(progress, FinishReason.ERROR, now, error) for progress in guilty]
+
     def check(self) -> None:
         """Assert every invariant of the scheduler and of what it owns."""
         lines = self._lines
         lines.check()
         flights = self._flights.steps.values()
+        self._suspects.check(lines.live.values())
         self._memory.check([*lines.live.values(), *self._flights.leaving])
         assert len({step.lane for step in flights}) == len(flights) <= self.lanes, "a lane has two steps in flight"
         drawing = {progress for step in flights for progress in step.drawing}
@@ -377,6 +410,7 @@ class Scheduler:
         """The one end of a request: its blocks go back, and the executor is told to forget it if it knew it."""
         holder, counted = self._flights.holder(progress), progress.pace is not None
         self._lines.move(progress, State.FINISHED)
+        self._suspects.left(progress)
         for step in self._flights.steps.values():
             step.left.append(progress)
             progress.output_tokens -= counted and step.draws(progress)

@@ -180,7 +180,7 @@ def _health(models: Models) -> shapes.Health:
     """Of the server: of all its models together, and of each of them."""
     each = [_health_of(model) for model in models]
     states = {one.status for one in each}
-    state = next(state for state in ("draining", "ready", "failed") if state in states)
+    state = next(state for state in ("draining", "ready", "restarting", "stalled", "failed") if state in states)
     return shapes.Health(
         state,
         models.first.name,
@@ -188,14 +188,27 @@ def _health(models: Models) -> shapes.Health:
         sum(one.waiting for one in each),
         sum(one.steps for one in each),
         min(one.seconds_since_progress for one in each),
-        each,
+        next((one.error for one in each if one.error), None),
+        sum(one.restarts for one in each),
+        sum(one.violations for one in each),
+        models=each,
     )
 
 
 def _health_of(model: Model) -> shapes.ModelHealth:
     now = model.service.status()
     idle_s = round(max(0.0, clock.now() - now.last_progress_s), 3)
-    return shapes.ModelHealth(now.state, model.name, now.running, now.waiting, now.steps, idle_s)  # type: ignore[arg-type]
+    return shapes.ModelHealth(
+        now.state,  # type: ignore[arg-type]
+        model.name,
+        now.running,
+        now.waiting,
+        now.steps,
+        idle_s,
+        now.error,
+        now.restarts,
+        now.violations,
+    )
 
 
 def _living(

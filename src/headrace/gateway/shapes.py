@@ -171,24 +171,30 @@ class Models(Struct):
 
 
 class ModelHealth(Struct):
-    status: Literal["ready", "draining", "failed"]
+    status: Literal["ready", "stalled", "restarting", "draining", "failed"]
     model: str
     running: int
     waiting: int
     steps: int
     seconds_since_progress: float
+    error: str | None = None  # why it is neither ready nor draining
+    restarts: int = 0  # of the process that computes
+    violations: int = 0  # of invariants, found when nothing was to do
 
 
 class Health(Struct):
     """Of all models together, under the name of the first. Where keys are asked for, only admins learn more than the
     status."""
 
-    status: Literal["ready", "draining", "failed"]
+    status: Literal["ready", "stalled", "restarting", "draining", "failed"]
     model: str | UnsetType = UNSET
     running: int | UnsetType = UNSET
     waiting: int | UnsetType = UNSET
     steps: int | UnsetType = UNSET
     seconds_since_progress: float | UnsetType = UNSET
+    error: str | UnsetType | None = UNSET
+    restarts: int | UnsetType = UNSET
+    violations: int | UnsetType = UNSET
     models: list[ModelHealth] | UnsetType = UNSET
 
 

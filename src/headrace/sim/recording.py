@@ -14,10 +14,11 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from headrace.core import events
 from headrace.core.clock import now
 from headrace.core.config import EngineSettings
 from headrace.core.events import Arrived, Event, Finished, Idle, Planned, StepDone
-from headrace.core.ports import Capacity, Executor, Observer
+from headrace.core.ports import Capacity, Executor, ExecutorLost, Observer
 from headrace.core.step import Run, StepPlan, StepResult
 from headrace.core.types import Blank, FinishReason, HeadraceError, Request, RequestId, Sampling, Segment, Tokens
 
@@ -112,7 +113,15 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", forbid_unknown_fields=Tr
     error: str
 
 
-Entry = Head | Arrive | Abort | Plan | Rested | Done | Failed
+class Lost(msgspec.Struct, frozen=True, tag="lost", forbid_unknown_fields=True):
+    """The executor was gone, with every step that was under way; `begun`: one of them may have been the reason."""
+
+    at_s: float
+    reason: str
+    begun: bool
+
+
+Entry = Head | Arrive | Abort | Plan | Rested | Done | Failed | Lost
 
 
 def describe(plan: StepPlan) -> Content:
@@ -188,6 +197,8 @@ class Recorder:
         self._put(Plan(self._planned_s, plan.step, digest(content), content if self._contents else None, plan.lane))
         try:
             result = await self._executor.run(plan)
+        except ExecutorLost:
+            raise  # the scheduler says so, once for all lanes
         except Exception as error:
             self._put(Failed(now(), plan.step, str(error)))
             raise
@@ -204,6 +215,8 @@ class Recorder:
         match event:
             case Planned():
                 self._planned_s = event.at_s
+            case events.Lost():
+                self._put(Lost(event.at_s, event.reason, event.begun))
             case Idle():
                 self._put(Rested(event.at_s, event.lane))
             case StepDone():

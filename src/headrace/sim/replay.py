@@ -18,7 +18,7 @@ import msgspec
 
 from headrace.core import clock
 from headrace.core.events import Event
-from headrace.core.ports import Capacity
+from headrace.core.ports import Capacity, ExecutorLost
 from headrace.core.step import Sampled, StepPlan, StepResult
 from headrace.engine.loop import Engine
 from headrace.engine.policies.lanes import Measured, Predict
@@ -33,11 +33,14 @@ from headrace.sim.recording import (
     Entry,
     Failed,
     Head,
+    Lost,
     Plan,
     Rested,
     describe,
     digest,
 )
+
+_MOST_TURNS = 20  # of the loop, until it has planned: an executor that starts again takes some
 
 _ROWS = {  # of what the parts of a plan consist
     "work": ("row", "request, start, tokens, sample, new blocks, replaced blocks, layers, drafts"),
@@ -118,6 +121,8 @@ class _Direct:
             case Failed():
                 lane = self._lane.get(entry.step, 0)
                 return self._answered(entry.step, lambda: scheduler.fail(entry.at_s, entry.error, lane))
+            case Lost():
+                scheduler.lost(entry.at_s, entry.reason, entry.begun)
             case Plan() | Rested():
                 return self._planned(entry)
         return None
@@ -184,13 +189,15 @@ class _Player:
         if self._next is None:
             await self._stop()
         end = self._next
-        if not isinstance(end, Done | Failed) or end.step != plan.step:
+        if not isinstance(end, Lost) and (not isinstance(end, Done | Failed) or end.step != plan.step):
             self.error = BadRecording(f"step {plan.step} of the recording has no end; record it again")
             await self._stop()
-        assert isinstance(end, Done | Failed)
+        assert isinstance(end, Done | Failed | Lost)
         await clock.sleep_until(end.at_s)
         self._turn()
         asyncio.get_running_loop().call_soon(self._pause)  # before the loop plans: it yields once, after committing
+        if isinstance(end, Lost):
+            raise _lost(end)
         if isinstance(end, Failed):
             raise RuntimeError(end.error)
         return StepResult(plan.step, {request_id: Sampled(drawn) for request_id, drawn in end.drawn.items()})
@@ -203,7 +210,7 @@ class _Player:
 
     def _pause(self) -> None:
         """Between two steps: what came in, and the time that the host took until it planned the next."""
-        while isinstance(self._next, Arrive | Abort):
+        while isinstance(self._next, Arrive | Abort | Lost):
             clock.spend(self._next.at_s)
             self._inject(self._next)
             self._turn()
@@ -216,7 +223,7 @@ class _Player:
 
     def _missed(self, turns: int) -> None:
         """The loop had its turn at the time of the plan, and made none."""
-        if not self._planned and turns < 3:
+        if not self._planned and turns < _MOST_TURNS:
             asyncio.get_running_loop().call_soon(self._missed, turns + 1)
         elif isinstance(self._next, Plan) and not self._planned:
             self.difference = f"the recording has a step {self._next.step} where the replay finds nothing to do"
@@ -225,9 +232,11 @@ class _Player:
     def _turn(self) -> None:
         self._next = next(self._script, None)
 
-    def _inject(self, entry: Arrive | Abort) -> None:
+    def _inject(self, entry: Arrive | Abort | Lost) -> None:
         if isinstance(entry, Arrive):
             self._engine.submit(entry.request())
+        elif isinstance(entry, Lost):
+            self._engine.lost(_lost(entry))
         else:
             self._engine.abort(entry.id)
 
@@ -245,6 +254,15 @@ class _Player:
     async def _stop(self) -> None:
         self.ended.set()
         await asyncio.get_running_loop().create_future()
+
+
+def _lost(entry: Lost) -> ExecutorLost:
+    """An executor that starts again at once: when the next plan was made, the recording says."""
+
+    async def again(delay_s: float) -> None:
+        return
+
+    return ExecutorLost(entry.reason, again, entry.begun)
 
 
 def explain(expected: Plan, step: int, content: Content) -> str:

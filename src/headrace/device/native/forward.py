@@ -20,7 +20,7 @@ from headrace.core.shape import KV_BF16, KV_FP32, KV_INT8, KVFormat, ModelShape
 from headrace.core.types import HeadraceError
 from headrace.device.architecture import LlamaConfig
 from headrace.device.attention import Rows
-from headrace.device.kvstore import KVStore
+from headrace.device.kvstore import Kept, KVStore
 from headrace.device.native import library as native
 from headrace.device.native.weights import Packer
 from headrace.device.rope import Rope, Rotary
@@ -51,8 +51,8 @@ def why_not(config: LlamaConfig, block_tokens: int, variant: str | None = None) 
     return None
 
 
-def kv_store(shape: ModelShape, blocks: int, block_tokens: int, kind: KVFormat) -> KVStore:
-    return KVStore(stored_shape(shape, kind), blocks, block_tokens, _KV_DTYPES[kind], torch.device("cpu"))
+def kv_store(shape: ModelShape, blocks: int, block_tokens: int, kind: KVFormat, kept: Kept | None = None) -> KVStore:
+    return KVStore(stored_shape(shape, kind), blocks, block_tokens, _KV_DTYPES[kind], torch.device("cpu"), kept)
 
 
 def stored_shape(shape: ModelShape, kind: KVFormat) -> ModelShape:
