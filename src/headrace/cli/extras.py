@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from headrace.gateway.endpoints import Extras
     from headrace.gateway.explaining import Tracing
     from headrace.gateway.keys import Guard
+    from headrace.gateway.limits import Store
     from headrace.gateway.models import Model
     from headrace.gateway.state.database import Database
 
@@ -32,7 +33,7 @@ class Beside:
     batcher: Batcher | None  # somebody has to run it
 
 
-def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases, guard: Guard) -> Beside:
+def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases, guard: Guard, limits: Store) -> Beside:
     """Raises BadState or BadModelFile if what the user named cannot be used; a default that is not here is left out."""
     from headrace.gateway.endpoints import Extras
     from headrace.gateway.explaining import Book
@@ -42,7 +43,7 @@ def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases, 
     database = open_database(assembled.name, settings)
     phase.done()
     book = Book(assembled.explanations, settings.explained, tracing_of(settings))
-    return Beside(Extras(batcher, words, database, cards, book, guard), batcher)
+    return Beside(Extras(batcher, words, database, cards, book, guard, limits), batcher)
 
 
 def tracing_of(settings: GatewaySettings) -> Tracing | None:

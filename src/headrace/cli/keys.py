@@ -25,6 +25,7 @@ from headrace.core.config import BadSetting, KeySettings
 
 if TYPE_CHECKING:
     from headrace.gateway.keys import Guard, Key
+    from headrace.gateway.limits import Store
     from headrace.gateway.state.keyfile import KeyFile, Wanted
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
@@ -91,6 +92,13 @@ def guard_of(file: KeyFile) -> Guard:
     from headrace.gateway.keys import Guard, ring_of
 
     return Guard(file.current, ring_of(config.api_key()), clock.wall)
+
+
+def limits_of(file: KeyFile) -> Store:
+    """The accounts of all keys, with what earlier processes have spent of their budgets."""
+    from headrace.gateway.limits import InProcess, Ledger
+
+    return InProcess(Ledger(file.spent()), clock.now, file.charge)
 
 
 def _add(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from headrace.cli.assemble import Assembled, Phases, add_model, assemble, summary
 from headrace.cli.extras import Beside, model_of, open_beside
-from headrace.cli.keys import file_of, guard_of
+from headrace.cli.keys import file_of, guard_of, limits_of
 from headrace.cli.recordings import Recordings
 from headrace.core import clock, config
 from headrace.core.config import GatewaySettings, KeySettings
@@ -53,15 +53,19 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     toml = config.read_toml(args.config)
     settings = config.load(GatewaySettings, args, toml)
-    guard = guard_of(file_of(args, toml))
+    keys = file_of(args, toml)
+    guard = guard_of(keys)
     check(settings, guard.asks)  # before minutes of loading, not after
     phase = Phases()
     print(f"headrace serve {args.model}", file=sys.stderr)
     with Recordings(settings.record, settings.record_plans) as recordings:
         assembled = assemble(args, toml, phase, settings.served_name, recordings.watched, settings)
-        beside = open_beside(assembled, settings, phase, guard)
+        beside = open_beside(assembled, settings, phase, guard, limits_of(keys))
         print(summary(assembled, phase), file=sys.stderr)
-        return clock.run(_serve(assembled, beside, settings, recordings))
+        try:
+            return clock.run(_serve(assembled, beside, settings, recordings))
+        finally:
+            keys.close()
 
 
 async def _serve(assembled: Assembled, beside: Beside, settings: GatewaySettings, recordings: Recordings) -> int:

@@ -130,6 +130,7 @@ class Request:
     salt: bytes = b""  # what the chain of `block_keys` started from, so that generated blocks continue it
     priority: int = 0  # larger goes first, when the ordering asks
     tenant: str = ""
+    weight: float = 1.0  # of the tenant, where the ordering shares fairly and its settings name no other
     model: str = ""
     adapter: str | None = None
     slo: SLO | None = None

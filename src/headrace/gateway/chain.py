@@ -72,6 +72,7 @@ class Call:
     tenant: str = ""
     cache_salt: str = ""  # calls with different salts share no KV
     priority: int = 0  # larger goes first, when the ordering asks
+    weight: float = 1.0  # of its tenant, when the ordering shares fairly
     deadline_s: float | None = None  # seconds from now after which the call ends unfinished
     client_id: str = ""  # the X-Request-Id of the response
 

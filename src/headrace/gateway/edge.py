@@ -22,6 +22,7 @@ from headrace.gateway import bounds
 from headrace.gateway.chain import closing
 from headrace.gateway.errors import Refused, bad, refused
 from headrace.gateway.explaining import Book
+from headrace.gateway.gate import Gate, ranked
 from headrace.gateway.keys import ANYBODY, ASKED, NOBODY, Caller, Guard, caller_of, no_key
 from headrace.gateway.lines import server_timing, visited
 from headrace.gateway.models import Model, Models
@@ -102,40 +103,52 @@ class Endpoint(Generic[Q, E]):
     handler: Callable[[Q], AsyncIterator[E]]
     context: Context
     max_body: int
+    gate: Gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             kind = None if self.dialect.any_type and b"origin" not in dict(scope["headers"]) else JSON
             body = await read_body(scope, receive, self.max_body, kind)
-            context = replace(self.context, client_id=scope["state"]["client_id"], caller=caller_of(scope))
+            caller = caller_of(scope)
+            context = replace(self.context, client_id=scope["state"]["client_id"], caller=caller)
             call, reply = self.dialect.parse(body, context)
-            await unless_gone(receive, self._answer(call, reply, send))
+            await unless_gone(receive, self._answer(ranked(call, caller), caller, reply, send))
         except Exception as error:
             refusal = refused(error)
             scope["state"]["refused"] = refusal.code
             await respond(send, refusal.status, self.dialect.error_body(refusal), refusal.headers)
 
-    async def _answer(self, call: Q, reply: Reply[E], send: Send) -> None:
-        if not reply.stream:
-            await respond(send, 200, await whole(self.handler, call, reply))
+    async def _answer(self, call: Q, caller: Caller, reply: Reply[E], send: Send) -> None:
+        if reply.stream:
+            await self._stream(call, caller, reply, send)
             return
-        async with closing(self.handler(call)) as events:
-            await self._stream(events, reply, send)
+        async with self.gate.entered(caller, call) as permit:
+            body = await whole(permit.watched(self.handler(call)), reply)
+        await respond(send, 200, body, permit.headers)
 
-    async def _stream(self, events: AsyncIterator[E], reply: Reply[E], send: Send) -> None:
-        first = await anext(events)  # whatever is refused before this still gets a status of its own
-        headers = [(b"content-type", self.dialect.stream_type), (b"cache-control", b"no-cache")]
-        headers.append((b"x-accel-buffering", b"no"))
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+    async def _stream(self, call: Q, caller: Caller, reply: Reply[E], send: Send) -> None:
+        """What the call has taken of its key's limits is back before the last bytes go out."""
+        began = False
         try:
-            chunk = reply.feed(first)
-            async for event in events:
-                # the first event carries no text, so it travels with the one that follows at once
-                if chunk := chunk + reply.feed(event):
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                chunk = b""
+            async with (
+                self.gate.entered(caller, call) as permit,
+                closing(permit.watched(self.handler(call))) as events,
+            ):
+                first = await anext(events)  # whatever is refused before this still gets a status of its own
+                headers = [(b"content-type", self.dialect.stream_type), (b"cache-control", b"no-cache")]
+                headers += [(b"x-accel-buffering", b"no"), *permit.headers]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                began = True
+                chunk = reply.feed(first)
+                async for event in events:
+                    # the first event carries no text, so it travels with the one that follows at once
+                    if chunk := chunk + reply.feed(event):
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    chunk = b""
             last = reply.end()
         except Exception as error:
+            if not began:
+                raise
             last = reply.failed(refused(error))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
@@ -151,9 +164,9 @@ class ByMethod:
         await self.apps[method](scope, receive, send)
 
 
-async def whole(handler: Callable[[Q], AsyncIterator[E]], call: Q, reply: Reply[E]) -> bytes:
+async def whole(answer: AsyncIterator[E], reply: Reply[E]) -> bytes:
     """The body of an answer that is not streamed."""
-    async with closing(handler(call)) as events:
+    async with closing(answer) as events:
         async for event in events:
             reply.feed(event)
     return reply.body()

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace import __version__
+from headrace.core import clock
 from headrace.core.config import GatewaySettings
 from headrace.core.ports import Embedder
 from headrace.gateway import openai, replies
@@ -25,8 +26,10 @@ from headrace.gateway.edge import Context, Dialect, Endpoint, whole
 from headrace.gateway.embedding import Embed, Embedded, Embedding, Words
 from headrace.gateway.errors import Refused, bad
 from headrace.gateway.explaining import Book
+from headrace.gateway.gate import Gate, ranked
 from headrace.gateway.generation import Generation
 from headrace.gateway.keys import Caller, Guard, caller_of
+from headrace.gateway.limits import InProcess, Ledger, Store
 from headrace.gateway.lines import logged
 from headrace.gateway.models import Models, by_model
 from headrace.gateway.openapi import Answer, Operation
@@ -50,6 +53,7 @@ class Extras:
     cards: tuple[Card, ...] = ()  # of the models that do not write
     book: Book = field(default_factory=Book)  # what became of the last requests
     guard: Guard = field(default_factory=Guard)  # asks for keys, if there are any
+    limits: Store = field(default_factory=lambda: InProcess(Ledger(), clock.now))  # what keys have used
 
     def close(self) -> None:
         self.book.close()
@@ -73,9 +77,11 @@ class Endpoints:
             stores=database is not None,
         )
         handlers = _handlers(models, extras, self._cards)
-        self._guard = extras.guard
+        self._guard, gate = extras.guard, Gate(extras.limits)
         self._post = {
-            dialect.operation.path: Endpoint(dialect, handlers[dialect.operation.path], context, settings.max_body)
+            dialect.operation.path: Endpoint(
+                dialect, handlers[dialect.operation.path], context, settings.max_body, gate
+            )
             for dialect in DIALECTS
         }
         self.pages = Pages(database, settings.max_file, settings.max_stored, settings.max_body)
@@ -92,8 +98,9 @@ class Endpoints:
         call, reply = endpoint.dialect.parse(body, replace(endpoint.context, caller=caller))
         if reply.stream:
             raise bad("stream: lines of a batch are answered whole.", "stream")
-        call = _offline(call)
-        return getattr(call, "id", ""), await whole(endpoint.handler, call, reply)
+        call = ranked(_offline(call), caller)
+        async with endpoint.gate.entered(caller, call) as permit:
+            return getattr(call, "id", ""), await whole(permit.watched(endpoint.handler(call)), reply)
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,7 @@ class Generation:
             salt=salt,
             priority=call.priority,
             tenant=call.tenant,
+            weight=call.weight,
             model=call.model,
             deadline_s=None if call.deadline_s is None else now_s + call.deadline_s,
         )

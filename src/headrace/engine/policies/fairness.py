@@ -38,11 +38,13 @@ class Tenants:
     def __init__(self) -> None:
         self.of: dict[RequestId, str] = {}
         self.live: dict[str, int] = {}  # requests of each tenant
+        self.weights: dict[str, float] = {}  # of those who have some, as their last request says
         self.waiting: dict[str, dict[RequestId, int]] = {}  # in order; only tenants with somebody who waits
 
     def arrived(self, event: Arrived) -> str:
         tenant = self.of[event.request_id] = event.request.tenant if event.request else ""
         self.live[tenant] = self.live.get(tenant, 0) + 1
+        self.weights[tenant] = event.request.weight if event.request else 1.0
         self.waiting.setdefault(tenant, {})[event.request_id] = event.prompt_tokens * PROMPT_COST
         return tenant
 
@@ -62,7 +64,7 @@ class Tenants:
         tenant = self.of.pop(event.request_id)
         self.live[tenant] -= 1
         if not self.live[tenant]:
-            del self.live[tenant]
+            del self.live[tenant], self.weights[tenant]
 
     def drew(self, event: Drew | Decoded) -> Iterator[tuple[str, int]]:
         """Tokens that tenants drew. Who finished before the event is nobody any more, and drew nothing."""
@@ -152,7 +154,7 @@ class TokenCounter:
         self._counters[tenant] += self._scaled(tenant, cost)
 
     def _scaled(self, tenant: str, cost: int) -> int:
-        return cost * round(_SCALE / self._weights.get(tenant, 1.0))
+        return cost * round(_SCALE / (self._weights.get(tenant) or self._tenants.weights.get(tenant, 1.0)))
 
 
 class DeficitRoundRobin:
@@ -168,7 +170,7 @@ class DeficitRoundRobin:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
-        self._quanta = {name: round(QUANTUM * _SCALE * weight) for name, weight in weights_of(settings).items()}
+        self._weights = weights_of(settings)
         self._tenants = Tenants()
         self._credit: dict[str, int] = {}
         self._ring: list[str] = []  # tenants with somebody waiting; it is the first one's turn
@@ -211,7 +213,7 @@ class DeficitRoundRobin:
         return -1 if request.running else self._keys.get(request.request.id, 0)
 
     def _quantum(self, tenant: str) -> int:
-        return self._quanta.get(tenant, QUANTUM * _SCALE)
+        return round(QUANTUM * _SCALE * (self._weights.get(tenant) or self._tenants.weights.get(tenant, 1.0)))
 
     def _rounds(self, tenant: str, place: int, cost: int) -> int:
         """How often the ring has gone round when the turn comes that pays for so much: whose turn it is has its
