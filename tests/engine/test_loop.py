@@ -204,8 +204,9 @@ def test_drain_finishes_what_runs_and_refuses_what_comes() -> None:
         draining = asyncio.create_task(bench.engine.drain(10))
         await clock.sleep(0)
         assert bench.engine.status().state == "draining"
-        with pytest.raises(Unavailable, match="draining"):
+        with pytest.raises(Unavailable, match="draining") as refused:
             await bench.collect(make_request("b", range(8), 5))
+        assert refused.value.retry_after_s == 1.0  # the one who is here leaves sooner than the drain may take
         return await draining, await reader
 
     drained, outputs = bench.serve(main())

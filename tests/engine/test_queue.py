@@ -6,6 +6,8 @@ import random
 
 import pytest
 from engine_rig import make_request
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from headrace.core.types import Overloaded
 from headrace.engine.progress import LEGAL, Progress, State
@@ -106,13 +108,13 @@ def test_deadlines_come_in_order_and_do_not_pile_up() -> None:
 
 
 def test_retry_after_follows_the_measured_rate() -> None:
-    bounds, newcomer = Bounds(10, 1000), make_request("new", range(100))
+    bounds, newcomer = Bounds(10, 1000), 100
     bounds.check_room(newcomer, 9, 900, 0.0)
     with pytest.raises(Overloaded) as unmeasured:
         bounds.check_room(newcomer, 10, 900, 0.0)
     assert unmeasured.value.retry_after_s == 1.0
     for second in range(8):
-        bounds.left(progress(second), 3.0 * second)  # 10 tokens every 3 s
+        bounds.left(10, 3.0 * second)  # 10 tokens every 3 s
     with pytest.raises(Overloaded, match="10 requests with 950 prompt tokens are waiting; try again in 15 s") as full:
         bounds.check_room(newcomer, 10, 950, 24.0)
     assert full.value.retry_after_s == pytest.approx(50 / 80 * 24.0)
@@ -122,4 +124,19 @@ def test_retry_after_follows_the_measured_rate() -> None:
 
 
 def test_an_empty_queue_takes_anybody() -> None:
-    Bounds(1, 1).check_room(make_request("big", range(100)), 0, 0, 0.0)
+    Bounds(1, 1).check_room(100, 0, 0, 0.0)
+
+
+@given(st.lists(st.floats(0, 1e5), min_size=1, max_size=8), st.floats(0.01, 10))
+@settings(max_examples=60, derandomize=True)
+def test_time_without_a_queue_does_not_slow_its_measured_rate(pauses_s: list[float], pace_s: float) -> None:
+    bounds, now = Bounds(2, 10**9), 0.0
+    for pause_s in pauses_s:
+        now += pause_s
+        for waiting in range(2):
+            bounds.check_room(10, waiting, 10 * waiting, now)
+        for _ in range(2):
+            now += pace_s
+            bounds.left(10, now)
+    bounds.check_room(10, 0, 0, now)
+    assert bounds.drain_s(40, 0, now) <= max(1.0, 40 * pace_s) * 1.001

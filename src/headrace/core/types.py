@@ -35,7 +35,12 @@ class Overloaded(HeadraceError):
 
 
 class Unavailable(HeadraceError):
-    """The replica cannot take requests now: starting, draining or failed."""
+    """The replica cannot take requests now: starting, draining or failed. `retry_after_s`: when that should be over."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        """None where nobody can know."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,14 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from headrace.core import clock
 from headrace.core.ports import Encoder, Encoding
-from headrace.core.types import HeadraceError, Overloaded, Unavailable
+from headrace.core.types import HeadraceError, Unavailable
+from headrace.engine.queue import Bounds
 
 BATCH_TOKENS = 1024  # of one batch, padding included: about a tenth of a second on two cores
 _WINDOW = 256  # how many of those who wait are looked at for one batch
-_RETRY_S = 2.0
+_ANY = 1 << 62  # texts: their tokens are what counts
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +37,7 @@ class Batcher:
     def __init__(self, encoder: Encoder, max_waiting_tokens: int, batch_tokens: int = BATCH_TOKENS) -> None:
         self._encoder = encoder
         self._batch_tokens = batch_tokens
-        self._max_waiting_tokens = max_waiting_tokens
+        self._bounds = Bounds(_ANY, max_waiting_tokens)
         self._waiting: list[_Waiting] = []  # in order of arrival
         self._work = asyncio.Event()
         self._stopped = False
@@ -53,9 +55,7 @@ class Batcher:
         """See `core.ports.Embedder`. A caller who goes away takes along what has not begun."""
         if self._stopped:
             raise Unavailable("the embedding model has stopped")
-        more = sum(map(len, sequences))
-        if self._waiting and self.waiting_tokens + more > self._max_waiting_tokens:
-            raise Overloaded(f"more than {self._max_waiting_tokens} tokens wait to be embedded; try again", _RETRY_S)
+        self._bounds.check_room(sum(map(len, sequences)), len(self._waiting), self.waiting_tokens, clock.now())
         mine = [_Waiting(ids) for ids in sequences]
         self._waiting += mine
         self._work.set()
@@ -88,6 +88,8 @@ class Batcher:
         batch = [self._waiting[at] for at in taken]
         chosen = set(taken)
         self._waiting = [one for at, one in enumerate(self._waiting) if at not in chosen]
+        for one in batch:
+            self._bounds.left(len(one.ids), clock.now())
         return batch
 
     async def _serve(self, batch: Sequence[_Waiting]) -> None:

@@ -66,11 +66,12 @@ class Engine:
         self._failures = [0] * scheduler.lanes
         self._repeats = False  # the plan in flight stands for several steps
         self._last_progress_s: float | None = None
+        self._drain_until_s: float | None = None
 
     def submit(self, request: Request) -> None:
         """Take a request whose outputs nobody reads: what becomes of it, the observer learns. Raises as `generate`."""
         if self._state != "ready":
-            raise Unavailable(self._error or f"the replica is {self._state} and takes no new requests")
+            raise Unavailable(self._error or f"the replica is {self._state} and takes no new requests", self._gone_s())
         self._interrupt()
         try:
             self._scheduler.add(request, clock.now())
@@ -137,6 +138,7 @@ class Engine:
         """See `core.ports.Service`. The replica takes no requests afterwards."""
         if self._state == "ready":
             self._state = "draining"
+        self._drain_until_s = clock.now() + timeout_s
         try:
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()
@@ -145,6 +147,13 @@ class Engine:
                 self.abort(request_id)
             return False
         return True
+
+    def _gone_s(self) -> float | None:
+        """Seconds until a draining replica makes way for the next one."""
+        if self._drain_until_s is None or self._state != "draining":
+            return None
+        now = clock.now()
+        return max(0.0, min(self._drain_until_s - now, self._scheduler.drain_s(now)))
 
     async def run(self) -> None:
         """Serve until cancelled, or until too many steps in a row have failed. Every stream gets its finish."""

@@ -330,7 +330,7 @@ class Planner:
             progress.cached_tokens = cached_tokens
         progress.cached_blocks = 0
         self._lines.move(progress, State.PREFILLING)
-        self._bounds.left(progress, now)
+        self._bounds.left(progress.prompt_tokens, now)
         step.admitted.append(
             Admitted(progress.request, tuple(progress.output_ids), tuple(progress.blocks), cached_tokens)
         )

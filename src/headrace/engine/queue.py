@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from typing import overload
 
-from headrace.core.types import Overloaded, Request, RequestId
+from headrace.core.types import Overloaded, RequestId
 from headrace.engine.beats import Beats, by_order
 from headrace.engine.policies.ordering import is_filler
 from headrace.engine.progress import LEGAL, Progress, State
@@ -196,31 +196,37 @@ class Deadlines:
 
 
 class Bounds:
-    """How many requests and prompt tokens may wait, and how fast they leave."""
+    """How many requests and prompt tokens may wait, and how fast they leave while somebody waits."""
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._left: deque[tuple[float, int]] = deque(maxlen=_MEASURED)  # (when, prompt tokens) of admissions
+        self._left: deque[tuple[float, int]] = deque(maxlen=_MEASURED)  # (when, prompt tokens) of those who left
+        self._left_s = 0.0  # when the last one did
+        self._idle_s = 0.0  # time during which nobody waited: it says nothing about how fast a queue drains
 
-    def left(self, progress: Progress, now: float) -> None:
+    def left(self, prompt_tokens: int, now: float) -> None:
         """A waiting request was admitted."""
-        self._left.append((now, progress.prompt_tokens))
+        self._left.append((now - self._idle_s, prompt_tokens))
+        self._left_s = now
 
-    def check_room(self, request: Request, waiting: int, waiting_tokens: int, now: float) -> None:
+    def check_room(self, prompt_tokens: int, waiting: int, waiting_tokens: int, now: float) -> None:
         """Raises Overloaded if one more would be too many. An empty queue takes anybody."""
+        if not waiting:
+            self._idle_s += now - self._left_s
+            self._left_s = now
         requests = waiting + 1 - self._max_requests
-        tokens = waiting_tokens + request.prompt_tokens - self._max_tokens
+        tokens = waiting_tokens + prompt_tokens - self._max_tokens
         if waiting and (requests > 0 or tokens > 0):
-            retry_s = self._drain_s(max(requests, 0), max(tokens, 0), now)
+            retry_s = self.drain_s(max(requests, 0), max(tokens, 0), now)
             waits = f"{waiting} requests with {waiting_tokens} prompt tokens are waiting"
             raise Overloaded(f"{waits}; try again in {math.ceil(retry_s)} s", retry_s)
 
-    def _drain_s(self, requests: int, tokens: int, now: float) -> float:
-        """Seconds until so much has left, at the rate of the last admissions."""
+    def drain_s(self, requests: int, tokens: int, now: float) -> float:
+        """Seconds until so much has left, at the rate of the last who did."""
         if not self._left:
             return _SHORTEST_S
-        elapsed_s = max(now - self._left[0][0], 1e-3)
+        elapsed_s = max(now - self._idle_s - self._left[0][0], 1e-3)
         left_tokens = sum(tokens for _, tokens in self._left)
         wait_s = elapsed_s * max(requests / len(self._left), tokens / max(left_tokens, 1))
         return min(max(wait_s, _SHORTEST_S), _LONGEST_S)

@@ -136,13 +136,17 @@ class Scheduler:
         """Of a prompt with these keys, what is in the KV memory already."""
         return len(self._memory.index.match(keys, 0, len(keys))) * self.capacity.block_tokens
 
+    def drain_s(self, now: float) -> float:
+        """Seconds until everybody here has left, at the rate at which the last ones came to run."""
+        return self._bounds.drain_s(self.live, self.waiting_tokens, now)
+
     def add(self, request: Request, now: float) -> None:
         """Take a request. Raises InvalidRequest if it can never be served, Overloaded if the queue is full."""
         try:
             check_servable(request, self.capacity)
             if request.id in self._lines.live or any(one.id == request.id for one in self._flights.leaving):
                 raise InvalidRequest(f"a request with the id {request.id!r} is already here; use another id", "id")
-            self._bounds.check_room(request, self.waiting, self.waiting_tokens, now)
+            self._bounds.check_room(request.prompt_tokens, self.waiting, self.waiting_tokens, now)
         except (InvalidRequest, Overloaded) as error:
             self._observe(events.Rejected(now, request.id, str(error)))
             raise

@@ -14,7 +14,7 @@ from headrace.core.types import HeadraceError, InvalidRequest, Overloaded, Unava
 
 LOG = logging.getLogger("headrace.gateway")
 
-_DRAIN_RETRY_S = 5.0  # a replica that starts or drains is replaced or back within seconds, or not at all
+_RETRY_S = 5.0  # where nobody can know: a replica that has failed is replaced or back within seconds, or not at all
 
 
 class Refused(HeadraceError):
@@ -59,7 +59,8 @@ def refused(error: BaseException) -> Refused:
         case Overloaded():
             return Refused(429, str(error), code="overloaded", retry_after_s=error.retry_after_s)
         case Unavailable():
-            return Refused(503, str(error), code="unavailable", retry_after_s=_DRAIN_RETRY_S)
+            retry_s = _RETRY_S if error.retry_after_s is None else error.retry_after_s
+            return Refused(503, str(error), code="unavailable", retry_after_s=retry_s)
     return internal("unexpected error", error)
 
 

@@ -9,6 +9,7 @@ when it is over, what it did not use goes back. So in any t seconds a key never 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -77,16 +78,37 @@ class Store(Protocol):
 @dataclass(slots=True)
 class Bucket:
     """Fills evenly up to `per_minute`. May be below zero after a call that used more than it took: then nobody takes
-    anything until the debt is paid."""
+    anything until the debt is paid.
+
+    Tokens that come back are those that would still be here had they never been taken. While a call was under way the
+    bucket may have filled up, and what would have run over without the call cannot be given back at its end:
+
+        per_minute ----------.---            level with the call, and (dotted) without it: the dots stop at the
+                   . . . .  /                rim, so what comes back is at most the least room there was
+                   taken  /                  between the level and the rim meanwhile
+    """
 
     per_minute: int
     level: float
     at_s: float
+    room: dict[str, float] = field(default_factory=dict)  # ticket -> the least there was above the level since then
 
     def fill(self, now: float) -> float:
         self.level = min(self.per_minute, self.level + max(0.0, now - self.at_s) * self.per_minute / 60)
         self.at_s = max(self.at_s, now)
+        room = self.per_minute - self.level
+        self.room = {ticket: min(least, room) for ticket, least in self.room.items()}
         return self.level
+
+    def take(self, ticket: str, amount: float) -> None:
+        self.level -= amount
+        self.room[ticket] = math.inf
+
+    def give_back(self, ticket: str, amount: float) -> None:
+        """A negative amount was used beyond what was taken."""
+        back = min(amount, self.room.pop(ticket, 0.0))
+        self.level += back
+        self.room = {other: max(0.0, least - back) for other, least in self.room.items()}
 
     def until_s(self, wanted: float) -> float:
         """Seconds until so much is in it."""
@@ -158,12 +180,13 @@ class Ledger:
         denial = account.denial(limits, tokens)
         if denial is not None:
             raise Denied(*denial, standing)
-        if account.requests:
-            account.requests.level -= 1
-        if account.tokens:
-            account.tokens.level -= tokens
         self._taken += 1
-        ticket = Ticket(f"{self._taken}", key_id, limits, tokens, now, account.fill(limits, now))
+        name = f"{self._taken}"
+        if account.requests:
+            account.requests.take(name, 1)
+        if account.tokens:
+            account.tokens.take(name, tokens)
+        ticket = Ticket(name, key_id, limits, tokens, now, account.fill(limits, now))
         account.running[ticket.id] = tokens
         account.reserved_tokens += tokens
         return ticket
@@ -180,9 +203,9 @@ class Ledger:
         account.spent_tokens += used
         account.fill(ticket.limits, now)
         if account.tokens:
-            account.tokens.level = min(account.tokens.per_minute, account.tokens.level + tokens - used)
-        if account.requests and not counts:
-            account.requests.level = min(account.requests.per_minute, account.requests.level + 1)
+            account.tokens.give_back(ticket.id, tokens - used)
+        if account.requests:
+            account.requests.give_back(ticket.id, 0 if counts else 1)
         if counts:
             account.mean_s += _LATEST * (now - ticket.at_s - account.mean_s)
         return used
