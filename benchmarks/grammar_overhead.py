@@ -81,7 +81,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("rounds", nargs="?", type=int, default=8)
     rounds = options.parse_args().rounds
-    args = parser().parse_args(["serve", "smollm2", "--kv-memory", "256MiB", "--max-context", "512"])
+    args = parser().parse_args(["run", "smollm2", "--kv-memory", "256MiB", "--max-context", "512"])
     assembled = assemble(args, {}, Phases())
     executor, grammar = assembled.executor, Grammar("json_schema", json.dumps(SCHEMA))
     assert isinstance(executor, ModelExecutor)

@@ -45,8 +45,8 @@ ONLY_IN = {  # a package -> the places that may import it
     "numpy": {"device", "sim", "bench"},
     "time": {"core/clock.py"},
     "asyncio": {
-        *("core/clock.py", "engine/loop.py", "engine/embedding.py", "device/executor.py", "device/encoder.py"),
-        *("device/apart.py", "device/worker.py"),
+        *("core/clock.py", "engine/loop.py", "engine/embedding.py", "engine/host.py"),
+        *("device/executor.py", "device/encoder.py", "device/apart.py", "device/worker.py"),
         *("gateway", "bench", "cluster", "sim", "cli"),
     },
     "argparse": {"core/config.py", "cli"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import soak
 
-from reliability import control_plane, drain, startup, worker
+from reliability import control_plane, drain, models, startup, worker
 from reliability.check import Check
 
 CHECKS: dict[str, Check] = {
@@ -13,5 +13,6 @@ CHECKS: dict[str, Check] = {
     "R5": drain.drained,
     "R7": soak.soaked,
     "R12": control_plane.answers,
+    "R15": models.swapped,
     "R18": startup.starts,
 }

@@ -28,9 +28,9 @@ CONFIG = {
 }
 
 
-def write(folder: Path, tokenizer: tokenizers.Tokenizer | None = None, **config: object) -> Path:
+def write(folder: Path, tokenizer: tokenizers.Tokenizer | None = None, seed: int = 1, **config: object) -> Path:
     """With a tokenizer of one's own, or other entries of the config."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     tokenizer = tokenizer or _tokenizer()
     vocab = tokenizer.get_vocab_size()
     rows = {"gate_proj": FFN, "up_proj": FFN, "embed_tokens": vocab}

@@ -73,7 +73,9 @@ class Encoder:
         return [bytes(sequence) for sequence in sequences]
 
 
-def load(what: wire.Load, phase: Callable[[str], None], opened: Callable[[ModelFacts], None]) -> worker.Held:
+def load(
+    what: wire.Load, phase: Callable[[str], None], opened: Callable[[ModelFacts], None], packed: Callable[[int], None]
+) -> worker.Held:
     folder = Path(what.model)
     phase("open the folder")
     refuse = folder / "refuse"

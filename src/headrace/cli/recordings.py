@@ -39,6 +39,10 @@ class Recordings:
                 with suppress(OSError):  # what could not be written was said
                     file.close()
 
+    @property
+    def active(self) -> bool:
+        return self._traffic is not None or self._plans is not None
+
     def watched(
         self,
         executor: Executor,

@@ -1,8 +1,12 @@
-"""`headrace serve MODEL`: an OpenAI-compatible server in front of one model.
+"""`headrace serve MODEL ...`: a server that any OpenAI client can talk to, in front of one model or several.
+
+Several share one memory: a model is loaded when the first request asks for it, and the one that was used least recently
+makes room. See docs/models.md.
 
 Example:
   headrace serve smollm2
   headrace serve ./my-model.gguf --kv-memory 2GiB --port 9000
+  headrace serve smollm2 small=./other.gguf ORG/NAME --memory 6GiB --keep-alive-s 600
   headrace serve smollm2 --record traffic.jsonl      # then: headrace simulate --trace traffic.jsonl
 """
 
@@ -12,14 +16,27 @@ import argparse
 import asyncio
 import logging
 import sys
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from headrace.cli.assemble import Assembled, Phases, add_model, assemble, summary
-from headrace.cli.extras import Beside, model_of, open_beside
+from headrace.cli.assemble import MODEL_HELP, Phases
 from headrace.cli.keys import file_of, guard_of, limits_of
 from headrace.cli.recordings import Recordings
 from headrace.core import clock, config
-from headrace.core.config import GatewaySettings, KeySettings
+from headrace.core.config import (
+    DeviceSettings,
+    EngineSettings,
+    GatewaySettings,
+    KeySettings,
+    ModelsSettings,
+    format_bytes,
+)
+
+if TYPE_CHECKING:
+    from headrace.cli.extras import Beside
+    from headrace.cli.housing import Housing
 
 _HELLO = """
 Listening on {url} (stop with Ctrl-C). Try:
@@ -39,15 +56,26 @@ def add(commands: Any) -> None:
     from headrace.cli import Formatter
 
     parser = commands.add_parser(
-        "serve", help="serve a model to any OpenAI client", description=__doc__, formatter_class=Formatter
+        "serve", help="serve models to any OpenAI client", description=__doc__, formatter_class=Formatter
     )
-    add_model(parser)
-    config.add_flags(parser, GatewaySettings)
-    config.add_flags(parser, KeySettings)
+    parser.add_argument(
+        "models",
+        nargs="*",
+        default=["smollm2"],
+        metavar="[NAME=]MODEL",
+        help=f"{MODEL_HELP} (default: smollm2); the first answers whoever names none",
+    )
+    parser.add_argument(
+        "--config", "--plan", type=Path, metavar="FILE", help="TOML file with sections [engine], [device], ..."
+    )
+    for settings in (EngineSettings, DeviceSettings, ModelsSettings, GatewaySettings, KeySettings):
+        config.add_flags(parser, settings)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    from headrace.cli.extras import open_beside
+    from headrace.cli.housing import open_housing
     from headrace.gateway.server import check
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -57,37 +85,85 @@ def run(args: argparse.Namespace) -> int:
     guard = guard_of(keys)
     check(settings, guard.asks)  # before minutes of loading, not after
     phase = Phases()
-    print(f"headrace serve {args.model}", file=sys.stderr)
+    print(f"headrace serve {' '.join(args.models)}", file=sys.stderr)
     with Recordings(settings.record, settings.record_plans) as recordings:
-        assembled = assemble(args, toml, phase, settings.served_name, recordings.watched, settings)
-        beside = open_beside(assembled, settings, phase, guard, limits_of(keys))
-        print(summary(assembled, phase), file=sys.stderr)
+        housing = open_housing(args, toml, phase, settings, recordings)
+        beside = open_beside(housing, settings, phase, guard, limits_of(keys))
         try:
-            return clock.run(_serve(assembled, beside, settings, recordings))
+            return clock.run(_serve(housing, beside, settings, recordings, phase))
         finally:
             keys.close()
 
 
-async def _serve(assembled: Assembled, beside: Beside, settings: GatewaySettings, recordings: Recordings) -> int:
-    """Run the engine and the server side by side until a signal drains both."""
-    from headrace.gateway.app import application
-    from headrace.gateway.models import Models
+async def _serve(
+    housing: Housing, beside: Beside, settings: GatewaySettings, recordings: Recordings, phase: Phases
+) -> int:
+    """Run the models and the server side by side until a signal drains both."""
     from headrace.gateway.server import serve
 
-    service = recordings.noted(assembled.engine)
-    app = application(Models([model_of(assembled, service, settings)]), settings, beside.extras)
+    async with living(housing, beside, settings, recordings) as app:
+        print(summary(housing, phase), file=sys.stderr)
 
-    def ready(url: str) -> None:
-        print(_HELLO.format(url=url, name=assembled.name), file=sys.stderr, flush=True)
+        def ready(url: str) -> None:
+            print(_HELLO.format(url=url, name=housing.first.known.name), file=sys.stderr, flush=True)
 
-    running = [asyncio.create_task(assembled.run())]
+        await serve(app, housing.host, settings, ready, beside.extras.guard.asks)
+    return 0
+
+
+@asynccontextmanager
+async def living(
+    housing: Housing, beside: Beside, settings: GatewaySettings, recordings: Recordings
+) -> AsyncIterator[Any]:
+    """The application (ASGI), with everything behind it running and the first model in memory."""
+    from headrace.cli.extras import model_of
+    from headrace.cli.housing import load_first
+    from headrace.gateway.app import application
+    from headrace.gateway.models import Models
+
+    running = [asyncio.create_task(housing.host.run())]
     if beside.batcher is not None:
         running.append(asyncio.create_task(beside.batcher.run()))
     try:
-        await serve(app, service, settings, ready, beside.extras.guard.asks)
+        await load_first(housing.host)
+        hosted = housing.host.models
+        models = [
+            model_of(housing, house, settings, recordings.noted(hosted[name])) for name, house in housing.houses.items()
+        ]
+        yield application(Models(models), settings, beside.extras)
     finally:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        await assembled.executor.close()
-    return 0
+        housing.door.close()
+
+
+def summary(housing: Housing, phase: Phases) -> str:
+    """What a person wants to know about a server that just started."""
+    house, opened = housing.first, housing.first.opened
+    assert opened is not None, "the first model was loaded"
+    loaded, pid = opened.loaded, getattr(opened.executor, "pid", None)
+    where = "" if pid is None else f", process {pid}"
+    follows = house.known.engine.token_budget is None and house.known.engine.lanes == "one"
+    limit = "at first" if follows else "at most"
+    measured = ", ".join(f"{tokens} tokens in {1000 * seconds:.0f} ms" for tokens, seconds in loaded.steps)
+    return "\n".join(
+        [
+            f"{house.known.name}, {loaded.dtype} and {loaded.kv} KV on {loaded.device} ({loaded.kernels}{where}), "
+            f"ready in {phase.elapsed_s:.1f} s",
+            loaded.memory.table(),
+            f"  {'steps':12} {house.token_budget:>10} tokens {limit} (measured: {measured})",
+            *(_ledger(housing) if len(housing.houses) > 1 else ()),
+        ]
+    )
+
+
+def _ledger(housing: Housing) -> Iterator[str]:
+    """How the memory is divided, by what is known of the models."""
+    residence = housing.host.residence
+    yield f"{len(housing.houses)} models in {format_bytes(residence.budget)}, loaded when somebody asks for them:"
+    for name, house in housing.houses.items():
+        sizes = house.known.sizes
+        parts = [(sizes.weights, "weights"), (sizes.activations, "activations"), (residence.share(name), "KV")]
+        parts += [(sizes.process, "its process")] if sizes.process else []
+        yield f"  {name}: {', '.join(f'{format_bytes(count)} of {what}' for count, what in parts)}"

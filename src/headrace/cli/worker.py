@@ -1,22 +1,26 @@
 """The door of the process that computes, which `headrace serve` starts and nobody else: what is to be loaded comes over
-the socket that it inherits, whose number is its one argument. Not a command."""
+the socket that it inherits, whose number is its argument. With `nursery` before that, it is the one that forks them.
+Not a command."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from headrace.cli.assemble import find_model, grammars_of, open_embedding, text_of
+from headrace.cli.assemble import find_model, grammars_of, looked_at, open_embedding, text_of
 from headrace.core.facts import ModelFacts
-from headrace.device import worker
+from headrace.device import nursery, worker
 
 if TYPE_CHECKING:
-    from headrace.device.wire import Load
+    from headrace.device.wire import Load, Seen
 
 
-def load(what: Load, phase: Callable[[str], None], opened: Callable[[ModelFacts], None]) -> worker.Held:
+def load(
+    what: Load, phase: Callable[[str], None], opened: Callable[[ModelFacts], None], packed: Callable[[int], None]
+) -> worker.Held:
     """Everything that plans and texts need, on the thread that will compute."""
     from headrace.device.checkpoint import open_checkpoint
     from headrace.device.control import Controls
@@ -40,13 +44,46 @@ def load(what: Load, phase: Callable[[str], None], opened: Callable[[ModelFacts]
             phase,
             kv=None if what.kv_fd is None else Kept(what.kv_fd, what.kv_kept),
             measured=not (what.again or what.kv_kept),
+            packed=packed,
         )
         loaded.executor.controls = Controls(words.result(), loaded.executor.capacity.vocab)
     encoder = open_embedding(what.embedding, loaded.device.type, phase) if what.embedding else None
-    if encoder is None:
-        return worker.Held(loaded.executor, loaded.facts())
-    return worker.Held(loaded.executor, loaded.facts(worker.encoder_facts(*encoder)), encoder[0])
+    told = replace(
+        loaded.facts(worker.encoder_facts(*encoder) if encoder else None),
+        process=max(0, worker.own_bytes() - loaded.memory.weights),
+    )
+    return worker.Held(loaded.executor, told, encoder[0] if encoder else None)
+
+
+def look(what: Load) -> Seen:
+    """What a model is, and what it will take, in a process of its own; and the embedding model that would be beside."""
+    from headrace.device.wire import Seen
+
+    facts, expected = looked_at(what)
+    words = grammars_of(text_of(facts))  # which it will need too, and they are not small
+    encoder = open_embedding(what.embedding, expected.device, lambda _: None) if what.embedding else None
+    known, own = worker.encoder_facts(*encoder) if encoder else None, worker.own_bytes()
+    del words
+    return Seen(facts, replace(expected, process=own, shared=worker.all_bytes() - own), known)
+
+
+def preload() -> None:
+    """Everything that every process needs, before there are any."""
+    import headrace.device.checkpoint
+    import headrace.device.control
+    import headrace.device.grammar
+    import headrace.device.load
+    import headrace.device.sources
+    import headrace.gateway.text  # noqa: F401
+
+
+def run(arguments: list[str]) -> int:
+    end = worker.from_argument(arguments[-1] if arguments else "")
+    if arguments[0] != "nursery":
+        return worker.main(end, load, look)
+    preload()
+    return nursery.nurse(end, lambda theirs, kv_fd: worker.main(theirs, load, look, kv_fd))
 
 
 if __name__ == "__main__":
-    sys.exit(worker.main(worker.from_argument(sys.argv[1] if len(sys.argv) == 2 else ""), load))
+    sys.exit(run(sys.argv[1:]))

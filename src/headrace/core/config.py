@@ -154,6 +154,27 @@ class DeviceSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelsSettings:
+    """How several models share one memory."""
+
+    memory: Bytes | None = setting(
+        None, "weights, activations and KV of all models together, such as 3GiB; by default most of what is free"
+    )
+    swap: str = setting(
+        "latency",
+        "when a request waits for a model that only fits once a busy one has gone: latency, that one takes no more "
+        "requests; throughput, it does until somebody has waited for --swap-patience-s",
+        ("latency", "throughput"),
+    )
+    swap_patience_s: float = setting(10.0, "seconds, under --swap throughput")
+    keep_alive_s: float | None = setting(
+        None, "a model that nobody uses for so many seconds goes; by default it stays until another needs the room"
+    )
+    keep_kv: bool = setting(True, "keep the KV of a model that goes as long as there is room, for when it comes back")
+    pin: str = setting("", "models that never go, by name: a,b")
+
+
+@dataclass(frozen=True, slots=True)
 class GatewaySettings:
     """What the server accepts."""
 

@@ -30,6 +30,22 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Expected:
+    """What a model will take, by its files and the settings; bytes."""
+
+    weights: int
+    activations: int
+    kv_least: int  # for one request of full length
+    kv_wanted: int  # more would never be used
+    capacity: Capacity  # with the least KV
+    dtype: str  # of the weights
+    device: str  # "cpu" or "cuda"
+    free: int  # on it, before anything is loaded
+    process: int = 0  # of a process that computes nothing yet; 0: it has none of its own
+    shared: int = 0  # what is there once for all such processes
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """One replica's memory in bytes. `weights` is measured, `activations` a bound computed from the step's size."""
 
@@ -91,3 +107,4 @@ class LoadFacts:
     kv: str  # how keys and values are stored
     kernels: str  # "torch", or the variant of the native kernels
     encoder: EncoderFacts | None = None  # the embedding model beside it
+    process: int = 0  # bytes of the process that computes, beside weights and KV; 0: it has none of its own

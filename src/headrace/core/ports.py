@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -100,6 +101,32 @@ class Service(Protocol):
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests, finish the others. True if all finished in time; the rest are aborted."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Whether a model is in memory, and for how long."""
+
+    state: str = "ready"  # or "cold", "loading", "yielding" (to another model, when its requests are over), "unloading"
+    share: float = 1.0  # of the load that is under way, 0 to 1
+    memory_bytes: int = 0  # weights, activations and KV; of a cold model, KV that is kept for the next time
+    leaves_s: float = math.inf  # clock time at which it goes if nobody uses it
+    error: str | None = None  # why the last load failed
+
+
+class Resident(Protocol):
+    """A model that may be in memory or not. A request for it loads it; this is for those who want just that."""
+
+    def residency(self) -> Residency: ...
+
+    async def load(self) -> None:
+        """Return when it is in memory. Raises Overloaded or Unavailable."""
+        ...
+
+    def keep(self, seconds: float) -> None:
+        """From now on it stays in memory for so long when nobody uses it; 0 is for once: it goes as soon as its
+        requests are over."""
         ...
 
 

@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
-import socket
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -27,19 +23,14 @@ from headrace.core.ports import Capacity, Encoding, ExecutorLost
 from headrace.core.step import StepPlan, StepResult
 from headrace.core.types import HeadraceError
 from headrace.device import wire
+from headrace.device.child import Child, Launch, NotLoaded, ended
 
 LOG = logging.getLogger("headrace.engine")
 
 _LOOKS_S = 0.25  # between two looks at whether it hangs
-_LOADS_SILENTLY_S = 120.0  # a file system may keep it waiting, but a sign of life comes every second
 _COMES_BACK_S = 60.0
-_CHUNK = 1 << 20
 
 T = TypeVar("T")
-
-
-class NotLoaded(HeadraceError):
-    """The model cannot be loaded, or the process ended on the way; a sentence."""
 
 
 class StepFailed(HeadraceError):
@@ -56,21 +47,13 @@ class Watching(Protocol):
     def look(self, now: float) -> str | None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How to start the process, and what it is to load. `load.kv_fd` is inherited."""
-
-    command: tuple[str, ...]  # to which the number of the socket is appended
-    load: wire.Load
-
-
 class ApartExecutor:
     """`start` it, then use it in one event loop, from `attend` on. What it loaded is in `model` and `loaded`."""
 
     def __init__(self, launch: Launch, watch: Watching | None = None) -> None:
         self._launch = launch
         self.watch = watch
-        self._child: _Child | None = None
+        self._child: Child | None = None
         self._link: _Link | None = None  # to the child, in the loop
         self._watching: asyncio.Task[None] | None = None
         self._burial: asyncio.Task[None] | None = None
@@ -85,16 +68,19 @@ class ApartExecutor:
     # -- its life ------------------------------------------------------------------------------------------------------
 
     def start(
-        self, phase: Callable[[str], None] = lambda _: None, opened: Callable[[ModelFacts], None] = lambda _: None
+        self,
+        phase: Callable[[str], None] = lambda _: None,
+        opened: Callable[[ModelFacts], None] = lambda _: None,
+        packed: Callable[[int], None] = lambda _: None,
     ) -> LoadFacts:
         """Start the process and load the model; blocking. `phase` is told what begins, `opened` what the files say, as
-        soon as that is known. Raises NotLoaded."""
+        soon as that is known, `packed` how many bytes of weights are in memory. Raises NotLoaded."""
         phase("start the process that computes")
-        self._child = child = _Child(self._launch)
+        self._child = child = Child(self._launch)
         try:
             if self._closed:
                 raise NotLoaded("it was closed")
-            model, loaded = child.load(self._launch.load, phase, opened)
+            model, loaded = child.load(self._launch.load, phase, opened, packed)
             self._same(model, loaded)
         except BaseException:
             child.end()
@@ -121,7 +107,7 @@ class ApartExecutor:
         if self._child is not None and self._link is None and not self._closed:
             await self._connect(self._child)
 
-    async def _connect(self, child: _Child) -> None:
+    async def _connect(self, child: Child) -> None:
         loop = asyncio.get_running_loop()
         child.end_of_ours.setblocking(False)
         _, self._link = await loop.create_connection(
@@ -133,7 +119,7 @@ class ApartExecutor:
             self.watch.heard(clock.now())
             self._watching = asyncio.create_task(self._look_after(child, self.watch), name="watchdog")
 
-    async def _look_after(self, child: _Child, watch: Watching) -> None:
+    async def _look_after(self, child: Child, watch: Watching) -> None:
         while self._child is child:
             why = watch.look(clock.now())
             if why is not None:
@@ -161,7 +147,7 @@ class ApartExecutor:
         """Nothing is left of the process; then tell who waits for it."""
         status = await asyncio.to_thread(link.child.end)
         if not link.child.killed and why is None:
-            self._why = _ended(status)
+            self._why = ended(status)
         waited = link.fail(self._lost(True))
         if not waited and not self._closed and self._on_lost is not None:
             self._on_lost(self._lost(False))
@@ -254,63 +240,10 @@ class ApartExecutor:
         return await self._link.ask(number, wire.frame(wire.Encode(number, sequences)), self._link.encodings)
 
 
-class _Child:
-    """One process, from its start to its end, and our end of the socket to it."""
-
-    def __init__(self, launch: Launch) -> None:
-        self.end_of_ours, theirs = socket.socketpair()
-        self.killed = False  # by us
-        inherited = [theirs.fileno()] + ([] if launch.load.kv_fd is None else [launch.load.kv_fd])
-        with theirs:
-            self.process = subprocess.Popen(
-                [*launch.command, str(theirs.fileno())], stdin=subprocess.DEVNULL, pass_fds=inherited, process_group=0
-            )
-
-    def load(
-        self, what: wire.Load, phase: Callable[[str], None], opened: Callable[[ModelFacts], None]
-    ) -> tuple[ModelFacts, LoadFacts]:
-        """Blocking. Raises NotLoaded."""
-        self.end_of_ours.settimeout(_LOADS_SILENTLY_S)
-        reader, model = wire.from_child(), None
-        try:
-            self.end_of_ours.sendall(wire.frame(what))
-            while data := self.end_of_ours.recv(_CHUNK):
-                for message in reader.feed(data):
-                    match message:
-                        case wire.Phase():
-                            phase(message.what)
-                        case wire.Opened():
-                            model = message.facts
-                            opened(model)
-                        case wire.Refused():
-                            raise NotLoaded(message.message)
-                        case wire.Loaded() if model is not None:
-                            return model, message.facts
-        except TimeoutError as error:
-            raise NotLoaded(f"the process that loads the model was silent for {_LOADS_SILENTLY_S:.0f} s") from error
-        except OSError:
-            pass  # it has ended: the status says how
-        raise NotLoaded(f"the process that loads the model ended: {_ended(self.end())}")
-
-    def kill(self) -> None:
-        self.killed = True
-        with suppress(OSError):
-            self.process.kill()
-
-    def end(self) -> int:
-        """Its exit status; nothing is left of it afterwards. It has nothing to save."""
-        with suppress(OSError):
-            self.end_of_ours.close()
-        with suppress(subprocess.TimeoutExpired):
-            return self.process.wait(0.05)  # it may have ended by itself, in its own way
-        self.process.kill()
-        return self.process.wait()
-
-
 class _Link(asyncio.Protocol):
     """The socket in the loop: who asked what, and what came."""
 
-    def __init__(self, child: _Child, gone: Callable[[_Link, str | None], None], heard: Callable[[], None]) -> None:
+    def __init__(self, child: Child, gone: Callable[[_Link, str | None], None], heard: Callable[[], None]) -> None:
         self.child = child
         self.steps: dict[int, asyncio.Future[StepResult]] = {}
         self.encodings: dict[int, asyncio.Future[list[bytes]]] = {}
@@ -375,17 +308,3 @@ class _Link(asyncio.Protocol):
 def _settle(future: asyncio.Future[T] | None, value: T) -> None:
     if future is not None and not future.done():
         future.set_result(value)
-
-
-def _ended(status: int) -> str:
-    """What an exit status means, in words."""
-    if status >= 0:
-        return f"the process ended by itself with status {status}; the lines above may say why"
-    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-    because = {
-        "SIGKILL": "somebody killed it, or the machine ran out of memory",
-        "SIGSEGV": "it crashed",
-        "SIGABRT": "it crashed",
-        "SIGBUS": "it crashed: a file that it had mapped was cut short, or memory ran out",
-    }
-    return f"the process ended by {name}: {because.get(name, 'somebody stopped it')}"

@@ -112,16 +112,19 @@ class ModelExecutor:
         capacity: Capacity,
         thread: ThreadPoolExecutor | None = None,
         host: HostTier | None = None,
+        shared: bool = False,
     ) -> None:
         """`controls` may be set before the first plan; without them, no request may have a grammar or think.
 
         Steps run on `thread`, which has one worker and should be the one that loaded the model: torch keeps a team
-        of compute threads per calling thread, and two teams on the same cores slow each other's barriers by half."""
+        of compute threads per calling thread, and two teams on the same cores slow each other's barriers by half.
+        A `shared` thread takes the steps of several models in turn, and stays when this one is closed."""
         self.controls: Controls | None = None
         self._forward = forward
         self._capacity = capacity
         self._sequences: dict[RequestId, _Sequence] = {}
         self._thread = thread or one_thread()
+        self._shared = shared
         self._host = host
         self._workers: Workers | None = None  # once a plan has several lanes
         self._computing: dict[int, frozenset[RequestId]] = {}  # by lane
@@ -171,7 +174,10 @@ class ModelExecutor:
         """Its plans stand for one step each."""
 
     async def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._shared:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._sequences.clear)
+        else:
+            self._thread.shutdown(wait=True, cancel_futures=True)
         if self.controls is not None:
             self.controls.close()
         if self._workers is not None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 
 import torch
 
 from headrace.core.config import DeviceSettings
-from headrace.core.facts import MOST_STEP_TOKENS, EncoderFacts, LoadFacts, Memory
+from headrace.core.facts import MOST_STEP_TOKENS, EncoderFacts, Expected, LoadFacts, Memory
 from headrace.core.ports import Capacity, least_copied_blocks
-from headrace.core.shape import ModelShape
+from headrace.core.shape import KVFormat, ModelShape
 from headrace.core.types import HeadraceError
 from headrace.device import memory as memory_room
 from headrace.device.checkpoint import Checkpoint
@@ -93,14 +95,18 @@ def load_here(
     thread: ThreadPoolExecutor | None = None,
     kv: Kept | None = None,
     measured: bool = True,
+    shared: bool = False,
+    packed: Callable[[int], None] = lambda _: None,
 ) -> Loaded:
-    """`load`, on the thread that will compute, which is the caller's. On a CPU, KV lies in the memory `kv` if there is
-    one. Not `measured`: step times are not asked for, nor is what is worth a copy."""
+    """`load`, on the thread that will compute, which is the caller's; or, where that one is `shared` with other models
+    and computes steps of them meanwhile, on any other. On a CPU, KV lies in the memory `kv` if there is one. Not
+    `measured`: step times are not asked for, nor is what is worth a copy. `packed` hears how many bytes of weights are
+    in memory."""
     device, dtype = place(settings)
     config = LlamaConfig.from_hf(checkpoint.config)
     why_not = _why_not_native(config, settings, device, block_tokens)
     if why_not is None:
-        built = _native(checkpoint, config, settings, block_tokens, phase)
+        built = _native(checkpoint, config, settings, block_tokens, phase, packed)
     else:
         built = _torch(checkpoint, config, settings, (device, dtype), block_tokens, phase, why_not)
     context = _context(config.shape, settings)
@@ -117,15 +123,16 @@ def load_here(
     )
     capacity = Capacity(memory.blocks, block_tokens, context, config.shape.vocab, layers=config.shape.layers)
     forward = built.open(memory.blocks, kv)
-    executor = ModelExecutor(forward, capacity, thread)
+    executor = ModelExecutor(forward, capacity, thread, shared=shared)
     steps: tuple[tuple[int, float], ...] = ()
     if measured:
         phase("measure step times")
-        steps = tuple(executor.measure(_MEASURED_TOKENS))
+        measure = partial(executor.measure, _MEASURED_TOKENS)
+        steps = tuple(thread.submit(measure).result() if shared and thread else measure())
     if host_bytes:
         host = HostTier(forward.store, memory_room.host_blocks(host_bytes, memory.block_bytes))
         capacity = _with_host(capacity, host, steps) if steps else replace(capacity, host_blocks=host.blocks)
-        executor = ModelExecutor(forward, capacity, thread, host)
+        executor = ModelExecutor(forward, capacity, thread, host, shared)
     return Loaded(executor, memory, built.dtype, device, steps, built.read, built.kv, built.kernels)
 
 
@@ -152,25 +159,23 @@ def _native(
     settings: DeviceSettings,
     block_tokens: int,
     phase: Callable[[str], None],
+    told: Callable[[int], None],
 ) -> Built:
     phase("pack the weights for native kernels")
     torch.set_num_threads(1)  # a second team of threads on the same cores would slow the kernels'
     threads = settings.threads or native.default_threads()
-    wanted = next((each for each in FORMATS if each.name == settings.dtype), None)
-    packer = Packer(checkpoint.tensors, wanted, threads)
+    packer = _packer(checkpoint, settings)
+    packer.packed = told
     packed = pack(config, packer)
-    exact = settings.dtype == "fp32"
-    kv = settings.kv_dtype if settings.kv_dtype != "auto" else "fp32" if exact else "bf16"
-    kind = next(each for each in native.KV_KINDS if each.name == kv)
+    kind = _kv_kind(settings)
 
     def open_with(blocks: int, kept: Kept | None) -> Forward:
         store = native.kv_store(config.shape, blocks, block_tokens, kind, kept)
         return native.NativeForward(config, packed, packer, store, kind, threads)
 
-    weights = "+".join(sorted(packer.bits, key=lambda each: -packer.bits[each]))
     looked_up = 0 if config.shape.tied_embedding else packer.embedding_bytes
     return Built(
-        packer.nbytes, packer.nbytes - looked_up, weights, kv, f"native {variant()}",
+        packer.nbytes, packer.nbytes - looked_up, packer.formats, kind.name, f"native {variant()}",
         native.stored_shape(config.shape, kind), native.kv_dtype(kind), open_with,
     )  # fmt: skip
 
@@ -197,6 +202,45 @@ def _torch(
 
     weights = linears.nbytes + model.nbytes
     return Built(weights, linears.nbytes, name(dtype), name(dtype), "torch", config.shape, dtype, open_with)
+
+
+def _packer(checkpoint: Checkpoint, settings: DeviceSettings) -> Packer:
+    wanted = next((each for each in FORMATS if each.name == settings.dtype), None)
+    return Packer(checkpoint.tensors, wanted, settings.threads or native.default_threads())
+
+
+def _kv_kind(settings: DeviceSettings) -> KVFormat:
+    kv = settings.kv_dtype if settings.kv_dtype != "auto" else "fp32" if settings.dtype == "fp32" else "bf16"
+    return next(each for each in native.KV_KINDS if each.name == kv)
+
+
+def expect(
+    checkpoint: Checkpoint, settings: DeviceSettings, block_tokens: int, max_running: int, step_tokens: int
+) -> Expected:
+    """Nothing is loaded. A longest context that is more than the model has is cut. Raises BadModelFile, and
+    HeadraceError for settings that cannot be."""
+    device, dtype = place(settings)
+    config = LlamaConfig.from_hf(checkpoint.config)
+    context = min(config.shape.max_context_tokens, settings.max_context or config.shape.max_context_tokens)
+    if _why_not_native(config, settings, device, block_tokens) is None:
+        packer, kind = _packer(checkpoint, settings), _kv_kind(settings)
+        weights, kept = packer.expected_bytes(), packer.formats
+        block = KVStore.block_bytes(native.stored_shape(config.shape, kind), block_tokens, native.kv_dtype(kind))
+    else:
+        weights = dtype.itemsize * sum(prod(checkpoint.tensors.shape(stored)) for stored in checkpoint.names())
+        block, kept = KVStore.block_bytes(config.shape, block_tokens, dtype), name(dtype)
+    least = -(-context // block_tokens) * block
+    most = max_running * least if settings.kv_memory is None else min(max_running * least, settings.kv_memory)
+    return Expected(
+        weights,
+        activation_bytes(config.shape, step_tokens, max_running),
+        least,
+        max(least, most),
+        Capacity(least // block, block_tokens, context, config.shape.vocab, layers=config.shape.layers),
+        kept,
+        device.type,
+        memory_room.free_bytes(device),
+    )
 
 
 def _with_host(capacity: Capacity, host: HostTier, steps: tuple[tuple[int, float], ...]) -> Capacity:

@@ -6,6 +6,10 @@ would make it fit.
 
 from __future__ import annotations
 
+import ctypes
+import gc
+from contextlib import suppress
+
 import psutil
 import torch
 
@@ -46,6 +50,13 @@ def size(
             f"Start with --kv-memory {_as_flag(affordable)}."
         )
     return memory
+
+
+def give_back() -> None:
+    """Return to the system what was freed and is only kept for a next time."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def host_blocks(wanted: int, block_bytes: int) -> int:

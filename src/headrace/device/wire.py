@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 import msgspec
 
 from headrace.core.config import DeviceSettings
-from headrace.core.facts import LoadFacts, ModelFacts
+from headrace.core.facts import EncoderFacts, Expected, LoadFacts, ModelFacts
 from headrace.core.step import Admitted, Beat, Block, Copy, Lane, StepPlan, StepResult, Work
 from headrace.core.types import Blank, HeadraceError, Request, RequestId, Tokens
 
@@ -113,6 +113,12 @@ class Load(msgspec.Struct, frozen=True, tag=0, array_like=True):
     again: bool = False
 
 
+class Look(msgspec.Struct, frozen=True, tag=3, array_like=True):
+    """Before a `Load`, and to know more of what may be loaded: each is answered with a `Seen`, in order."""
+
+    loads: tuple[Load, ...]
+
+
 class Step(msgspec.Struct, frozen=True, tag=1, array_like=True):
     plan: _Plan
 
@@ -147,6 +153,18 @@ class Refused(msgspec.Struct, frozen=True, tag=3, array_like=True):
     message: str
 
 
+class Packed(msgspec.Struct, frozen=True, tag=8, array_like=True):
+    """So much of the weights is in memory."""
+
+    nbytes: int
+
+
+class Seen(msgspec.Struct, frozen=True, tag=9, array_like=True):
+    facts: ModelFacts
+    expected: Expected
+    encoder: EncoderFacts | None = None  # the embedding model that would be beside it
+
+
 class Alive(msgspec.Struct, frozen=True, tag=4, array_like=True):
     """A sign of life."""
 
@@ -168,8 +186,8 @@ class Encoded(msgspec.Struct, frozen=True, tag=7, array_like=True):
     vectors: list[bytes]
 
 
-ToChild = Load | Step | Encode
-FromChild = Phase | Opened | Loaded | Refused | Alive | Done | Failed | Encoded
+ToChild = Load | Look | Step | Encode
+FromChild = Phase | Opened | Loaded | Refused | Alive | Done | Failed | Encoded | Packed | Seen
 
 
 # -- frames ------------------------------------------------------------------------------------------------------------

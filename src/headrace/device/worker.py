@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from headrace.core.facts import EncoderFacts, LoadFacts, ModelFacts
 from headrace.core.ports import Executor
 from headrace.core.step import StepPlan, StepResult
@@ -43,7 +45,8 @@ class Held:
     encoder: TorchEncoder | None = None
 
 
-Loader = Callable[[wire.Load, Callable[[str], None], Callable[[ModelFacts], None]], Held]
+Loader = Callable[[wire.Load, Callable[[str], None], Callable[[ModelFacts], None], Callable[[int], None]], Held]
+Looker = Callable[[wire.Load], wire.Seen]
 
 
 class Channel:
@@ -79,18 +82,25 @@ class Channel:
         return data
 
 
-def main(end: socket.socket, load: Loader) -> int:
-    """Serve one parent until it goes. Returns the exit status."""
+def main(end: socket.socket, load: Loader, look: Looker | None = None, kv_fd: int | None = None) -> int:
+    """Serve one parent until it goes. Returns the exit status. `kv_fd` is the memory for KV, if it has another number
+    here."""
     _stand_back()
     channel = Channel(end)
     threading.Thread(target=_live, args=(channel,), name="headrace-alive", daemon=True).start()
     with contextlib.suppress(OSError):  # the parent has gone, so nobody is left to answer
-        first = channel.receive()
+        while isinstance(first := channel.receive(), wire.Look) and look is not None:
+            for what in first.loads:
+                _answered(channel, lambda what=what: look(what))  # type: ignore[misc]
+        if first is None:
+            return 0
         if not isinstance(first, wire.Load):
             return 1
-        held = _loaded(first, load, channel)
-        if held is not None:
-            _Server(held, channel).serve()
+        if kv_fd is not None:
+            first = msgspec.structs.replace(first, kv_fd=kv_fd)
+        held: list[Held] = []
+        if _answered(channel, lambda: _loaded(first, load, channel, held)):
+            _Server(held[0], channel).serve()
     return 0
 
 
@@ -112,21 +122,48 @@ def _live(channel: Channel) -> None:
             os._exit(0)
 
 
-def _loaded(what: wire.Load, load: Loader, channel: Channel) -> Held | None:
+def _loaded(what: wire.Load, load: Loader, channel: Channel, held: list[Held]) -> wire.Loaded:
+    held.append(
+        load(
+            what,
+            lambda phase: channel.send(wire.Phase(phase)),
+            lambda facts: channel.send(wire.Opened(facts)),
+            lambda nbytes: channel.send(wire.Packed(nbytes)),
+        )
+    )
+    return wire.Loaded(held[0].facts)
+
+
+def _answered(channel: Channel, work: Callable[[], wire.FromChild]) -> bool:
+    """Say what comes of it; False if it was refused."""
     try:
-        held = load(what, lambda phase: channel.send(wire.Phase(phase)), lambda facts: channel.send(wire.Opened(facts)))
+        answer = work()
     except HeadraceError as error:
-        channel.send(wire.Refused(str(error)))
-        return None
+        answer = wire.Refused(str(error))
     except OSError as error:
-        channel.send(wire.Refused(f"the model cannot be read: {error}"))
-        return None
+        answer = wire.Refused(f"the model cannot be read: {error}")
     except Exception as error:
         traceback.print_exc()
-        channel.send(wire.Refused(f"loading the model failed unexpectedly, see the lines above: {_told(error)}"))
-        return None
-    channel.send(wire.Loaded(held.facts))
-    return held
+        answer = wire.Refused(f"loading the model failed unexpectedly, see the lines above: {_told(error)}")
+    channel.send(answer)
+    return not isinstance(answer, wire.Refused)
+
+
+def own_bytes() -> int:
+    """Memory that would be free without this process; 0 where the system does not tell."""
+    return _kilobytes("/proc/self/smaps_rollup", "Private_Dirty:")
+
+
+def all_bytes() -> int:
+    """With what it shares with the process that it is a fork of."""
+    return _kilobytes("/proc/self/status", "RssAnon:")
+
+
+def _kilobytes(file: str, field: str) -> int:
+    with contextlib.suppress(OSError):
+        lines = Path(file).read_text().splitlines()
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+    return 0
 
 
 class _Server:

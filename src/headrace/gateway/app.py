@@ -131,10 +131,11 @@ def _pages(models: Models, extras: Extras, exposition: Exposition) -> list[Serve
     created = int(clock.wall())
 
     def cards() -> dict[str, shapes.Model]:
-        longest = {model.name: model.max_context_tokens for model in models}
+        found = {model.name: _shown(model, created) for model in models}
         if extras.embedder is not None:
-            longest[extras.embedder.encoding.model] = extras.embedder.encoding.max_tokens
-        return {name: shapes.Model(id=name, created=created, max_model_len=most) for name, most in longest.items()}
+            name, most = extras.embedder.encoding.model, extras.embedder.encoding.max_tokens
+            found[name] = shapes.Model(id=name, created=created, max_model_len=most)
+        return found
 
     async def list_models(request: Request) -> Response:
         caller = caller_of(request.scope)
@@ -176,6 +177,19 @@ def _told(request: Request, health: shapes.Health) -> shapes.Health:
     return health if caller_of(request.scope).admin else shapes.Health(health.status)
 
 
+def _shown(model: Model, created: int) -> shapes.Model:
+    now = model.residency
+    return shapes.Model(
+        id=model.name,
+        created=created,
+        max_model_len=model.max_context_tokens,
+        state=now.state,  # type: ignore[arg-type]
+        loaded=round(now.share, 3),
+        memory_bytes=now.memory_bytes or None,
+        error=now.error,
+    )
+
+
 def _health(models: Models) -> shapes.Health:
     """Of the server: of all its models together, and of each of them."""
     each = [_health_of(model) for model in models]
@@ -208,6 +222,7 @@ def _health_of(model: Model) -> shapes.ModelHealth:
         now.error,
         now.restarts,
         now.violations,
+        model.residency.state,  # type: ignore[arg-type]
     )
 
 

@@ -7,6 +7,7 @@ which it refuses by name. Nothing is dropped silently.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,10 @@ GrammarText = Annotated[str, Meta(min_length=1, max_length=1 << 18)]
 RegexText = Annotated[str, Meta(min_length=1, max_length=1 << 16)]
 ChoiceText = Annotated[str, Meta(min_length=1, max_length=4096)]
 ChoiceTexts = Annotated[list[ChoiceText], Meta(min_length=1, max_length=4096)]
+KeepAlive = (
+    Annotated[float, Meta(ge=-1e9, le=1e9)]
+    | Annotated[str, Meta(pattern=r"^(-?[0-9]{1,9}|-?([0-9]{1,9}(\.[0-9]{1,6})?(ms|s|m|h)){1,4})$", max_length=64)]
+)
 Tools = 128  # most tools of a conversation
 Calls = 1024  # most tool calls of one message
 SchemaDepth = 64  # deepest nesting of a JSON schema or of any other free-form value
@@ -147,6 +152,20 @@ def check_free(value: Any, param: str) -> None:
         if not level:
             return
     raise bad(f"{param}: nested deeper than {SchemaDepth} levels.", param, "invalid_value")
+
+
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def keep_alive_s(given: float | str | None) -> float | None:
+    """Seconds that a model stays in memory unused: 300, "5m", "1h30m"; what is negative is for ever."""
+    if given is None:
+        return None
+    parts = re.findall(r"([0-9.]+)(ms|s|m|h)", given) if isinstance(given, str) else []
+    if parts:
+        seconds = sum(float(count) * _UNITS_S[unit] for count, unit in parts)
+        return math.inf if str(given).startswith("-") and seconds else seconds
+    return math.inf if float(given) < 0 else float(given)
 
 
 def _violation(message: str) -> Refused:

@@ -75,6 +75,7 @@ class Call:
     weight: float = 1.0  # of its tenant, when the ordering shares fairly
     deadline_s: float | None = None  # seconds from now after which the call ends unfinished
     client_id: str = ""  # the X-Request-Id of the response
+    keep_alive_s: float | None = None  # how long the model stays in memory when nobody uses it; 0: it goes now
 
 
 @dataclass(frozen=True, slots=True)

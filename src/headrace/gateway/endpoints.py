@@ -15,10 +15,10 @@ from starlette.responses import Response
 from headrace import __version__
 from headrace.core import clock
 from headrace.core.config import GatewaySettings
-from headrace.core.ports import Embedder
+from headrace.core.ports import Embedder, Residency
 from headrace.gateway import openai, replies
 from headrace.gateway.card import Card
-from headrace.gateway.chain import Call
+from headrace.gateway.chain import Call, Handler
 from headrace.gateway.dialects import anthropic, anthropic_reply, embeddings, ollama, ollama_pages, responses, tokens
 from headrace.gateway.dialects.ollama_reply import Error as OllamaError
 from headrace.gateway.dialects.ollama_reply import error_body as ollama_error
@@ -31,7 +31,7 @@ from headrace.gateway.generation import Generation
 from headrace.gateway.keys import Caller, Guard, caller_of
 from headrace.gateway.limits import InProcess, Ledger, Store
 from headrace.gateway.lines import logged
-from headrace.gateway.models import Models, by_model
+from headrace.gateway.models import Model, Models, by_model, residing
 from headrace.gateway.openapi import Answer, Operation
 from headrace.gateway.state.batches import ENDPOINTS, Sender
 from headrace.gateway.state.database import Database
@@ -117,6 +117,12 @@ class _Cards:
         """Of those that a caller may use."""
         return [card for card in self() if caller.may_use(card.name)]
 
+    def in_memory(self, caller: Caller) -> Sequence[tuple[Card, Residency]]:
+        """Of those among them that are there: what may be told, and for how long they stay."""
+        there = {model.name: model.residency for model in self.models}
+        found = [(card, there.get(card.name, Residency())) for card in self.of(caller)]
+        return [pair for pair in found if pair[1].state != "cold"]
+
     def abilities(self, card: Card) -> Sequence[str]:
         if card.embedding_dimensions:
             return ("embedding",)
@@ -125,19 +131,22 @@ class _Cards:
 
 
 def _handlers(models: Models, extras: Extras, cards: _Cards) -> Mapping[str, Callable[..., Any]]:
-    generate = logged(by_model(models, lambda model: Generation(model.service, model.text, model.checks)), extras.book)
+    generate = logged(by_model(models, _generation), extras.book)
     tokenize = by_model(models, lambda model: Tokenization(model.text))
     embed = _embedding(extras)
     memory = Responses(extras.database) if extras.database else None
     return {
-        **{dialect.operation.path: generate for dialect in (*openai.DIALECTS, anthropic.DIALECT)},
-        **{dialect.operation.path: ollama.loading(generate) for dialect in ollama.GENERATION},
+        **{dialect.operation.path: generate for dialect in (*openai.DIALECTS, anthropic.DIALECT, *ollama.GENERATION)},
         **{dialect.operation.path: embed for dialect in (embeddings.DIALECT, *ollama.EMBEDDING)},
         **{dialect.operation.path: tokenize for dialect in (tokens.TOKENS, anthropic.COUNT_TOKENS)},
         tokens.TEXT.operation.path: by_model(models, lambda model: Detokenization(model.text, model.service)),
         responses.DIALECT.operation.path: remembered(generate, memory),
         ollama_pages.DIALECT.operation.path: ollama_pages.show(cards, cards.abilities),
     }
+
+
+def _generation(model: Model) -> Handler:
+    return residing(model, Generation(model.service, model.text, model.checks))
 
 
 def _embedding(extras: Extras) -> Callable[[Embed], AsyncIterator[Embedded]]:
@@ -170,7 +179,7 @@ def _ollama_pages(cards: _Cards) -> list[Served]:
         return _json(ollama_pages.tags(cards.of(caller_of(request.scope))))
 
     async def running(request: Request) -> Response:
-        return _json(ollama_pages.running(cards.of(caller_of(request.scope))))
+        return _json(ollama_pages.running(cards.in_memory(caller_of(request.scope))))
 
     async def version(_: Request) -> Response:
         return _json(ollama_pages.Version(__version__))

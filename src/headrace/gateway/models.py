@@ -6,13 +6,15 @@ and what may be told of it. Whether its weights are loaded is its service's busi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from headrace.core.metrics import Metrics
-from headrace.core.ports import Service
+from headrace.core.ports import Residency, Resident, Service
+from headrace.core.types import Usage
 from headrace.gateway.card import Card
+from headrace.gateway.chain import Call, Ended, Event, Handler, closing
 from headrace.gateway.checks import Checks
 from headrace.gateway.errors import Refused
 from headrace.gateway.text import Text
@@ -31,10 +33,15 @@ class Model:
     card: Card
     metrics: Metrics = field(default_factory=Metrics)
     checks: Checks | None = None  # what compiles grammars; None: no answer is held to one
+    resident: Resident | None = None  # None: it is in memory for as long as the server runs
 
     @property
     def max_context_tokens(self) -> int:
         return self.service.status().capacity.max_context_tokens
+
+    @property
+    def residency(self) -> Residency:
+        return self.resident.residency() if self.resident else Residency()
 
 
 class Models:
@@ -89,3 +96,24 @@ def by_model(models: Models, handler: Callable[[Model], Callable[[Q], A]]) -> Ca
     """A handler that leaves each call to the handler of the model that it is for."""
     handlers = {model.name: handler(model) for model in models}
     return lambda call: handlers[call.model](call)
+
+
+def residing(model: Model, handler: Handler) -> Handler:
+    """A handler around a handler: does what a call says about how long its model stays, and no more than that for a
+    call without a prompt, which only asks for the model to be there, or to go."""
+
+    async def answer(call: Call) -> AsyncIterator[Event]:
+        try:
+            if call.asked:
+                async with closing(handler(call)) as events:
+                    async for event in events:
+                        yield event
+                return
+            if model.resident is not None and call.keep_alive_s != 0:
+                await model.resident.load()
+            yield Ended(Usage(0, 0, 0))
+        finally:
+            if model.resident is not None and call.keep_alive_s is not None:
+                model.resident.keep(call.keep_alive_s)
+
+    return answer

@@ -185,6 +185,7 @@ class _Common(Struct, kw_only=True):
     guided_grammar: bounds.GrammarText | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    keep_alive: bounds.KeepAlive | None = None
 
 
 class ChatRequest(_Common, kw_only=True):
@@ -435,6 +436,7 @@ def _call(
         priority=asked.priority or 0,
         deadline_s=asked.deadline_s,
         client_id=context.client_id,
+        keep_alive_s=bounds.keep_alive_s(asked.keep_alive),
     )
 
 

@@ -43,6 +43,10 @@ class _Collected(Collector):
         yield self._gauge("num_tokens_waiting", "Prompt tokens in the queue.", [one.waiting_tokens for one in now])
         used = [one.used_blocks / max(1, one.capacity.blocks) for one in now]
         yield self._gauge("kv_cache_usage_perc", "Part of the KV blocks in use, 0 to 1.", used)
+        there = [model.residency for model in self.models]
+        loaded = [float(one.state in ("ready", "yielding")) for one in there]
+        yield self._gauge("model_loaded", "1 while the model is in memory.", loaded)
+        yield self._gauge("model_memory_bytes", "Of the ledger.", [one.memory_bytes for one in there])
         yield self._gauge("ready", "1 while new requests are taken.", [float(one.state == "ready") for one in now])
 
     def _counted(self) -> Iterator[Metric]:

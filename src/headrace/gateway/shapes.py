@@ -163,6 +163,10 @@ class Model(Struct, kw_only=True):
     created: int
     owned_by: str = "headrace"
     max_model_len: int  # most tokens of prompt and output
+    state: Literal["cold", "loading", "ready", "yielding", "unloading"] = "ready"
+    loaded: float = 1.0  # what share of it is in memory, 0 to 1
+    memory_bytes: int | None = None  # that it takes: weights, activations and KV; of a cold one, KV that was kept
+    error: str | None = None  # why it could not be loaded the last time
 
 
 class Models(Struct):
@@ -180,6 +184,7 @@ class ModelHealth(Struct):
     error: str | None = None  # why it is neither ready nor draining
     restarts: int = 0  # of the process that computes
     violations: int = 0  # of invariants, found when nothing was to do
+    state: Literal["cold", "loading", "ready", "yielding", "unloading"] = "ready"
 
 
 class Health(Struct):

@@ -7,8 +7,9 @@ the ones that multiply, and otherwise the narrowest that loses little. Owns the 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from types import MappingProxyType
 from typing import Protocol
 
@@ -55,6 +56,7 @@ class Packer:
     wanted: WeightFormat | None
     threads: int
     memory: list[Tensor] = field(default_factory=list)
+    packed: Callable[[int], None] = lambda _: None  # hears how many bytes, after each matrix
     bits: dict[str, int] = field(default_factory=dict)  # format -> weights kept in it
     embedding_bytes: int = 0
 
@@ -79,10 +81,30 @@ class Packer:
             format, kept.source, rows.data_ptr(), row_bytes, outputs, inputs, panels.data_ptr(), self.threads
         )
         self.memory.append(panels)
+        self.packed(self.nbytes)
         self.bits[kept.format.name] = self.bits.get(kept.format.name, 0) + outputs * inputs
         return native.Matrix(
             format, outputs, inputs, 0, panels.data_ptr(), self.vector(f"{name}.bias", outputs) if bias else None
         )
+
+    def expected_bytes(self) -> int:
+        """What `memory` will hold when all of the model has been packed, about; `bits` will be as it is now."""
+        found, total = native.library(), 0
+        assert found is not None
+        for stored in self.tensors.names():
+            shape = self.tensors.shape(stored)
+            if len(shape) == 2 and stored.endswith(".weight"):
+                kept = self._kept(stored.removesuffix(".weight"))
+                total += found.headrace_packed_bytes(FORMATS.index(kept.format), *shape)
+                self.bits[kept.format.name] = self.bits.get(kept.format.name, 0) + prod(shape)
+            else:
+                total += 4 * prod(shape)
+        return total
+
+    @property
+    def formats(self) -> str:
+        """What most weights are kept in, then the others."""
+        return "+".join(sorted(self.bits, key=lambda each: -self.bits[each]))
 
     def vector(self, name: str, count: int, add: float = 0.0) -> int:
         """A norm's or a bias's address, in float32."""

@@ -7,16 +7,16 @@ on the wire and nothing about how it works. Defaults are Ollama's: temperature 0
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from headrace.core.types import Grammar, Sampling, Usage
+from headrace.core.types import Grammar, Sampling
 from headrace.gateway import bounds
 from headrace.gateway.bounds import Body
-from headrace.gateway.chain import Call, Chat, Ended, Event, Handler, Tool, Tools, closing
+from headrace.gateway.chain import Call, Chat, Tool, Tools
 from headrace.gateway.dialects import ollama_reply as reply
 from headrace.gateway.dialects.shared import ANY_OBJECT, One, check_model, sampling, schema_grammar
 from headrace.gateway.edge import Context, Dialect
@@ -25,7 +25,7 @@ from headrace.gateway.errors import bad
 from headrace.gateway.openapi import Answer, Operation
 
 NDJSON = b"application/x-ndjson"
-IGNORED = frozenset({"keep_alive"})  # the model stays loaded as long as the server runs
+IGNORED = frozenset({"keep_alive"})  # where no model is loaded for the answer
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "template": ("",),
     "suffix": ("",),
@@ -113,6 +113,7 @@ class ChatRequest(Struct, kw_only=True):
     options: Options | None = None
     stream: bool | None = None
     think: Think = None
+    keep_alive: bounds.KeepAlive | None = None
 
 
 class GenerateRequest(Struct, kw_only=True):
@@ -124,6 +125,7 @@ class GenerateRequest(Struct, kw_only=True):
     options: Options | None = None
     stream: bool | None = None
     think: Think = None
+    keep_alive: bounds.KeepAlive | None = None
 
 
 class EmbedRequest(Struct, kw_only=True):
@@ -140,24 +142,10 @@ class OldEmbedRequest(Struct, kw_only=True):
     options: Options | None = None
 
 
-CHAT = Body(ChatRequest, IGNORED, REFUSED)
-GENERATE = Body(GenerateRequest, IGNORED, REFUSED)
+CHAT = Body(ChatRequest, frozenset(), REFUSED)
+GENERATE = Body(GenerateRequest, frozenset(), REFUSED)
 EMBED = Body(EmbedRequest, IGNORED, {})
 OLD_EMBED = Body(OldEmbedRequest, IGNORED, {})
-
-
-def loading(handler: Handler) -> Handler:
-    """Without a prompt a call only asks for the model to be there, which it is."""
-
-    async def answer(call: Call) -> AsyncIterator[Event]:
-        if call.asked == ():
-            yield Ended(Usage(0, 0, 0))
-            return
-        async with closing(handler(call)) as events:
-            async for event in events:
-                yield event
-
-    return answer
 
 
 def parse_chat(body: bytes, context: Context) -> tuple[Call, reply.Reply]:
@@ -166,7 +154,7 @@ def parse_chat(body: bytes, context: Context) -> tuple[Call, reply.Reply]:
     context = context.of(asked.model)
     chat = Chat(tuple(_messages(asked.messages)), _thinking(asked.think), _tools(asked.tools or ()))
     call = _call(asked, context, chat if asked.messages else ())
-    return call, reply.Reply(named(context.model), asked.stream is not False, reply.chat, bool(asked.messages))
+    return call, reply.Reply(named(context.model), asked.stream is not False, reply.chat, _kind(call))
 
 
 def parse_generate(body: bytes, context: Context) -> tuple[Call, reply.Reply]:
@@ -177,7 +165,7 @@ def parse_generate(body: bytes, context: Context) -> tuple[Call, reply.Reply]:
     chat = Chat(tuple({"role": role, "content": text} for role, text in said.items() if text), _thinking(asked.think))
     prompt: Chat | tuple[str, ...] = (asked.prompt,) if asked.raw else chat
     call = _call(asked, context, prompt if asked.prompt else ())
-    return call, reply.Reply(named(context.model), asked.stream is not False, reply.generate, bool(asked.prompt))
+    return call, reply.Reply(named(context.model), asked.stream is not False, reply.generate, _kind(call))
 
 
 def parse_embed(body: bytes, context: Context) -> tuple[Embed, One[Embedded]]:
@@ -220,7 +208,14 @@ def _call(asked: ChatRequest | GenerateRequest, context: Context, what: Chat | t
         model=context.model,
         tenant=context.tenant,
         client_id=context.client_id,
+        keep_alive_s=bounds.keep_alive_s(asked.keep_alive),
     )
+
+
+def _kind(call: Call) -> reply.Kind:
+    if call.asked:
+        return "answer"
+    return "unload" if call.keep_alive_s == 0 else "load"
 
 
 def _sampling(options: Options) -> Sampling:

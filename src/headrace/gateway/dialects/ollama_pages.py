@@ -8,6 +8,7 @@ from typing import Any
 from msgspec import Struct
 
 from headrace.core import clock
+from headrace.core.ports import Residency
 from headrace.gateway import bounds
 from headrace.gateway.bounds import Body
 from headrace.gateway.card import Card
@@ -18,7 +19,7 @@ from headrace.gateway.edge import Context, Dialect
 from headrace.gateway.errors import Refused, bad
 from headrace.gateway.openapi import Answer, Operation
 
-_FOREVER_S = 365 * 86_400.0  # models stay loaded as long as the server runs; a client wants a date
+_FOREVER_S = 365 * 86_400.0  # of a model that stays; a client wants a date
 
 
 class Details(Struct):
@@ -85,11 +86,15 @@ def tags(cards: Sequence[Card]) -> Tags:
     return Tags([Tag(modified_at=rfc3339(card.loaded_s), **_common(card)) for card in cards])
 
 
-def running(cards: Sequence[Card]) -> Running:
-    until = rfc3339(clock.wall() + _FOREVER_S)
-    return Running(
-        [Loaded(expires_at=until, size_vram=0, context_length=card.context_tokens, **_common(card)) for card in cards]
-    )
+def running(in_memory: Sequence[tuple[Card, Residency]]) -> Running:
+    return Running([_loaded(card, residency) for card, residency in in_memory])
+
+
+def _loaded(card: Card, residency: Residency) -> Loaded:
+    left_s = min(_FOREVER_S, max(0.0, residency.leaves_s - clock.now()))
+    shown = _common(card) | ({"size": residency.memory_bytes} if residency.memory_bytes else {})
+    expires = rfc3339(clock.wall() + left_s)
+    return Loaded(expires_at=expires, size_vram=0, context_length=card.context_tokens, **shown)
 
 
 def show(

@@ -45,7 +45,7 @@ class Message(Struct):
 class Numbers(Struct, kw_only=True, omit_defaults=True):
     """On the last line."""
 
-    done_reason: Literal["stop", "length", "load"] | UnsetType = UNSET
+    done_reason: Literal["stop", "length", "load", "unload"] | UnsetType = UNSET
     total_duration: int | UnsetType = UNSET
     load_duration: int | UnsetType = UNSET
     prompt_eval_count: int | UnsetType = UNSET
@@ -85,6 +85,7 @@ class OldEmbeddings(Struct):
     embedding: list[float]
 
 
+Kind = Literal["answer", "load", "unload"]  # the last two only ask for the model to be there, or to go
 Shape = Callable[..., ChatAnswer | GenerateAnswer]  # (model, created_at, text, thinking, calls, done, numbers)
 
 
@@ -115,13 +116,13 @@ def rfc3339(wall_s: float) -> str:
 
 
 class Reply:
-    """Events of one call as bytes. `prompted` is false for a call that only asks for the model to be there."""
+    """Events of one call as bytes."""
 
-    def __init__(self, model: str, stream: bool, shape: Shape, prompted: bool) -> None:
+    def __init__(self, model: str, stream: bool, shape: Shape, kind: Kind) -> None:
         self.stream = stream
         self._model = model
         self._shape = shape
-        self._prompted = prompted
+        self._kind = kind
         self._start_s = self._first_s = self._end_s = clock.now()
         self._text: list[str] = []
         self._thinking: list[str] = []
@@ -165,8 +166,8 @@ class Reply:
         return {"model": self._model, "created_at": rfc3339(clock.wall())}
 
     def _numbers(self) -> dict[str, Any]:
-        if not self._prompted:
-            return {"done_reason": "load"}
+        if self._kind != "answer":
+            return {"done_reason": self._kind}
         return {
             "done_reason": "length" if self._finish is FinishReason.LENGTH else "stop",
             "total_duration": _ns(self._end_s - self._start_s),
