@@ -276,19 +276,19 @@ class Nexus:
         split, now = self._split, seconds(self._split)
         if now[other] > bound:
             while now[other] > bound and _inside(split - towards):
-                split -= towards
+                split = round(split - towards, 6)
                 now = seconds(split)
             return split
         while _inside(split + towards):
             then = seconds(split + towards)
             if then[other] > bound or then[first] >= now[first]:
                 break
-            split, now = split + towards, then
+            split, now = round(split + towards, 6), then
         return split
 
 
 def _inside(split: float) -> bool:
-    return LEAST <= split <= 1.0 - LEAST
+    return LEAST <= round(split, 6) <= 1.0 - LEAST
 
 
 Make = Callable[[EngineSettings, Predict | None], SharePolicy | None]
