@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from itertools import count, pairwise
 
 import pytest
+from engine_rig import Rig, make_request
 from hypothesis import given as drawn
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from headrace.core.config import EngineSettings
-from headrace.core.events import Arrived, Decoded, Drew, StepDone
+from headrace.core.events import Arrived, Decoded, Drew, Preempted, StepDone
 from headrace.core.step import Run
 from headrace.core.types import HeadraceError, RequestId
 from headrace.engine.policies.lanes import LANES, LEAST, STEP, Fixed, LanesView, Load, Measured, Nexus, SemiPD, Shares
@@ -172,7 +173,7 @@ def test_a_lane_without_the_other_gets_the_whole_device() -> None:
 def test_a_small_change_is_not_worth_one() -> None:
     """From 0.35 the best is 0.30: a step is DELTA, and so nothing."""
     policy = Nexus(EngineSettings(lane_shares="35,65"), Measured(0.01, 0.001))
-    assert policy(view(load(500), load(50))) == (pytest.approx(0.35), pytest.approx(0.65))
+    assert policy(view(load(500), load(50))) == pytest.approx((0.35, 0.65))
 
 
 def test_measured_shares_what_both_were_promised() -> None:
@@ -180,3 +181,30 @@ def test_measured_shares_what_both_were_promised() -> None:
     assert predict(both, (0.5, 0.5)) == pytest.approx((0.2, 0.1))
     assert predict(both, (1.0, 1.0)) == pytest.approx((0.2, 0.1)), "both cannot have all"
     assert predict((load(90), None), (1.0, 1.0)) == pytest.approx((0.1, 0.0))
+
+
+# -- who plans first ---------------------------------------------------------------------------------------------------
+
+
+def test_a_lane_waits_for_the_first_in_the_ordering_that_found_no_block() -> None:
+    """Else whoever decodes takes his next step, and his blocks, before anybody may take them from him; for ever."""
+    choices = {"lanes": "fixed", "ordering": "priority", "admission": lambda request, pool: True}
+    rig = Rig(5, 4, context=20, prefix_cache=False, **choices)
+    rig.add(make_request("low", [1, 2, 3], 12, 4))
+    rig.begin(0)
+    rig.end(0)
+    while rig.scheduler.used_blocks < 3:
+        assert rig.begin(1)
+        rig.end(1)
+    rig.add(make_request("high", [7] * 12, 2, 4, priority=3))
+    assert rig.begin(1), "it decodes, beside all that follows"
+    for _ in range(2):
+        assert rig.begin(0)
+        rig.end(0)
+    assert rig.begin(0) is None, "no block is free, and who is in flight yields to nobody"
+    rig.end(1)
+    assert rig.begin(1) is None, "the other lane goes first"
+    assert rig.begin(0)
+    assert [event.request_id for event in rig.recorder.of(Preempted)] == ["low"]
+    rig.end(0)
+    rig.drain()
