@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.cli.assemble import MODEL_HELP, Phases
 from headrace.cli.keys import file_of, guard_of, limits_of
+from headrace.cli.notify import Manager
 from headrace.cli.recordings import Recordings
 from headrace.core import clock, config
 from headrace.core.config import (
@@ -104,10 +105,17 @@ async def _serve(
     async with living(housing, beside, settings, recordings) as app:
         print(summary(housing, phase), file=sys.stderr)
 
+        manager = Manager(*config.service_manager())
+        telling = asyncio.create_task(manager.watched(housing.host.models))
+
         def ready(url: str) -> None:
+            manager.ready()
             print(_HELLO.format(url=url, name=housing.first.known.name), file=sys.stderr, flush=True)
 
-        await serve(app, housing.host, settings, ready, beside.extras.guard.asks)
+        try:
+            await serve(app, housing.host, settings, ready, beside.extras.guard.asks)
+        finally:
+            telling.cancel()
     return 0
 
 

@@ -287,6 +287,12 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
 
 
+def service_manager() -> tuple[str | None, float | None]:
+    """Where systemd wants to hear from a service it started, and after how many seconds of silence it acts."""
+    usec = os.environ.get("WATCHDOG_USEC", "")
+    return os.environ.get("NOTIFY_SOCKET") or None, int(usec) / 1e6 if usec.isdecimal() and int(usec) else None
+
+
 def api_key() -> str | None:
     """A key in the environment, where no list of processes shows it: what a client sends, or a server asks for."""
     return os.environ.get("HEADRACE_API_KEY") or None
