@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count, pairwise
+from typing import Any
 
 import pytest
 from engine_rig import Rig, make_request
@@ -188,7 +189,7 @@ def test_measured_shares_what_both_were_promised() -> None:
 
 def test_a_lane_waits_for_the_first_in_the_ordering_that_found_no_block() -> None:
     """Else whoever decodes takes his next step, and his blocks, before anybody may take them from him; for ever."""
-    choices = {"lanes": "fixed", "ordering": "priority", "admission": lambda request, pool: True}
+    choices: dict[str, Any] = {"lanes": "fixed", "ordering": "priority", "admission": lambda request, pool: True}
     rig = Rig(5, 4, context=20, prefix_cache=False, **choices)
     rig.add(make_request("low", [1, 2, 3], 12, 4))
     rig.begin(0)
