@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import soak
 
-from reliability import control_plane, drain, models, startup, worker
+from reliability import batches, control_plane, damage, drain, ends, hangups, models, startup, worker
 from reliability.check import Check
 
 CHECKS: dict[str, Check] = {
+    "R1": ends.answered,
     "R2": worker.killed,
     "R4": worker.hung,
     "R5": drain.drained,
+    "R6": hangups.left,
     "R7": soak.soaked,
     "R12": control_plane.answers,
     "R15": models.swapped,
+    "R16": damage.found,
+    "R17": batches.kept,
     "R18": startup.starts,
 }

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -133,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if send and self.command != "HEAD":
-            self.wfile.write(body[:cut])
+            with suppress(ConnectionError):  # of a client that was killed
+                self.wfile.write(body[:cut])
         if cut is not None:
             self.close_connection = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def test_a_repository_arrives_whole_and_nothing_else_does(name: str, hub: Hub, t
     expected = {file for file in hub.repositories[name] if file not in EVIL}
     assert {file.name for file in path.iterdir()} == expected | {"headrace.json"}
     assert set(hub.fetched()) == expected
-    assert Record.read(path) == Record(name, hub.commit)
+    record = Record.read(path)
+    assert (record.source, record.revision, set(record.crc32)) == (name, hub.commit, expected)
     checkpoint = open_checkpoint(path)
     assert checkpoint.name == name and set(checkpoint.names()) == set(tensors())
     assert sources.resolve(name, tmp_path / "home") == path
@@ -129,6 +131,31 @@ def test_damaged_content_of_the_right_length_is_refused(name: str, hub: Hub, tmp
     assert sources.list_models(tmp_path)[-1].broken
     hub.swapped = {}
     assert open_checkpoint(pull(hub, "org/single", tmp_path)).names()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("harm", ["bit", "cut", "gone"])
+def test_what_a_disk_did_to_a_model_is_found_and_pulled_again(name: str, harm: str, hub: Hub, tmp_path: Path) -> None:
+    path = pull(hub, "org/single", tmp_path)
+    content = (path / name).read_bytes()
+    at = len(content) // 3
+    (path / name).unlink()
+    if harm != "gone":
+        damaged = content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :] if harm == "bit" else content[:at]
+        (path / name).write_bytes(damaged)
+    for model in ("org/single", "single"):
+        with pytest.raises(BadModelFile, match=rf"{name} (is damaged|cannot be read).* headrace pull org/single"):
+            sources.resolve(model, tmp_path)
+    assert pull(hub, "org/single", tmp_path) == path == sources.resolve("single", tmp_path)
+    assert (path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("sums", [[], {"a/b": 1}, {"..": 1}, {"config.json": "1"}, {"": 1}, {"config.json": True}])
+def test_a_record_names_only_files_of_its_folder(sums: object, hub: Hub, tmp_path: Path) -> None:
+    path = pull(hub, "org/single", tmp_path)
+    (path / "headrace.json").write_text(json.dumps({"source": "a", "revision": "b", "crc32": sums}))
+    with pytest.raises(BadModelFile, match="pull it again"):
+        sources.resolve("org/single", tmp_path)
 
 
 def test_an_architecture_that_cannot_run_costs_no_weights(hub: Hub, tmp_path: Path) -> None:

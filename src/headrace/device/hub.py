@@ -59,7 +59,7 @@ class RemoteFile:
 def pull(text: str, home: Path, progress: Progress, endpoint: str | None = None) -> Path:
     """Fetch `ORG/NAME[:FILE.gguf]` into the store and return its folder. Raises BadName, PullFailed, BadModelFile.
 
-    A model that is already there at the hub's current revision is left alone.
+    A model that is already there at the hub's current revision, and undamaged, is left alone.
     """
     model = HubId.parse(text)
     progress(f"ask the hub for {model.repository}")
@@ -76,7 +76,7 @@ def pull(text: str, home: Path, progress: Progress, endpoint: str | None = None)
         _download(model, file, revision, partial, endpoint)
         if file.name == "config.json":
             read_config(partial)  # an architecture we cannot run costs no gigabytes
-    Record(str(model), revision).write(partial)
+    Record(str(model), revision, {file.name: store.crc32(partial / file.name) for file in files}).write(partial)
     _publish(partial, final)
     return final
 
@@ -169,8 +169,9 @@ def _publish(partial: Path, final: Path) -> None:
 
 
 def _revision(folder: Path) -> str | None:
+    """None if there is no model, or not as it was pulled."""
     try:
-        return Record.read(folder).revision
+        return Record.read(store.verify(folder)).revision
     except BadModelFile:
         return None
 

@@ -50,7 +50,8 @@ class ModelRow:
 
 
 def resolve(model: str, home: Path, fetch: Callable[[str], Path] | None = None) -> Path:
-    """The GGUF file or folder that `model` means. Raises NoSuchModel or BadName.
+    """The GGUF file or folder that `model` means, checked for damage if it was pulled. Raises NoSuchModel, BadName or
+    BadModelFile.
 
     A hub id that is not here goes to `fetch`, which may be `pull` with its other arguments bound.
     """
@@ -66,7 +67,7 @@ def resolve(model: str, home: Path, fetch: Callable[[str], Path] | None = None) 
         raise NoSuchModel(f"there is no file or folder {model}")
     wanted = HubId.parse(model)
     if store.contained(store.place(home, wanted)):
-        return store.place(home, wanted)
+        return store.verify(store.place(home, wanted))
     if fetch:
         return fetch(model)
     raise NoSuchModel(f"{model} is neither a file nor pulled; get it with: headrace pull {model}")
@@ -104,7 +105,7 @@ def _by_short_name(model: str, home: Path) -> Path:
     """A pulled model by the last part of its id."""
     found = [folder for folder in store.pulled(home) if folder.name.split("--")[1:2] == [model]]
     if len(found) == 1 and store.contained(found[0]):
-        return found[0]
+        return store.verify(found[0])
     if found:
         names = ", ".join(folder.name.replace("--", "/", 1).replace("--", ":", 1) for folder in found)
         raise NoSuchModel(f"{model!r} may mean {names}; write the whole name")

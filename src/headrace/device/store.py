@@ -1,15 +1,17 @@
 """Names of models and the folders they live in: `home/models/ORG--NAME[--FILE.gguf]`.
 
 A name becomes a path only here, and only through a pattern that has no room for separators, dots that climb, NUL or
-reserved words. Each folder has a record of where its files came from; folders appear complete or not at all.
+reserved words. Each folder has a record of where its files came from and of what they hold, which `verify` compares;
+folders appear complete or not at all.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -67,6 +69,7 @@ class Record:
 
     source: str  # the id it was pulled as
     revision: str  # commit of the repository
+    crc32: Mapping[str, int] = field(default_factory=dict)  # of every file when it was pulled
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -74,10 +77,41 @@ class Record:
         source, revision = stored.get("source"), stored.get("revision")
         if not isinstance(source, str) or not isinstance(revision, str):
             raise BadModelFile(f"{folder / RECORD} does not say where the model came from; pull it again")
-        return cls(source, revision)
+        sums = stored.get("crc32", {})
+        if not isinstance(sums, dict) or not all(_is_name(name) and type(crc) is int for name, crc in sums.items()):
+            raise BadModelFile(f"{folder / RECORD} does not say what the files of the model hold; pull it again")
+        return cls(source, revision, sums)
 
     def write(self, folder: Path) -> None:
         (folder / RECORD).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+
+def verify(folder: Path) -> Path:
+    """The folder of a pulled model, if its files are what was pulled. Reads them once; raises BadModelFile.
+
+    A checksum and no digest: it finds what a disk or an interrupted copy did, not what somebody did on purpose."""
+    record = Record.read(folder)
+    for name, expected in record.crc32.items():
+        try:
+            same = crc32(folder / name) == expected
+        except OSError as error:
+            raise BadModelFile(f"{folder / name} cannot be read: {error.strerror}; {_again(record)}") from error
+        if not same:
+            raise BadModelFile(f"{folder / name} is damaged: it is not what was pulled; {_again(record)}")
+    return folder
+
+
+def _again(record: Record) -> str:
+    return f"get it again with: headrace pull {record.source}"
+
+
+def crc32(path: Path) -> int:
+    """Of a file's content."""
+    found = 0
+    with path.open("rb") as content:
+        while chunk := content.read(1 << 20):
+            found = zlib.crc32(chunk, found)
+    return found
 
 
 def place(home: Path, model: HubId) -> Path:
@@ -112,6 +146,11 @@ def _folders(root: Path) -> Iterator[Path]:
 
 def _is_segment(text: str) -> bool:
     return bool(_SEGMENT.fullmatch(text)) and not _RESERVED.fullmatch(text) and ".." not in text and "--" not in text
+
+
+def _is_name(text: object) -> bool:
+    """Of a file in a folder itself."""
+    return isinstance(text, str) and Path(text).name == text and text not in ("", "..")
 
 
 def _is_file(text: str) -> bool:
