@@ -75,12 +75,16 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(model: str, folder: Path, *flags: str, command: Sequence[str] = HEADRACE) -> AsyncIterator[Server]:
-    """A server on a free port with a state directory of its own, killed at the end with all it started."""
+async def serving(
+    model: str | Sequence[str], folder: Path, *flags: str, command: Sequence[str] = HEADRACE
+) -> AsyncIterator[Server]:
+    """A server of one model or several, on a free port with a state directory of its own, killed at the end with all
+    it started."""
     state = folder / f"state-{time.monotonic_ns()}"
     state.mkdir(mode=0o700)
     fixed = ("--port", "0", "--state-dir", str(state), "--embedding-model", "none", "--dtype", "fp32")
-    process = _start([*command, "serve", model, *fixed, *flags])
+    models = [model] if isinstance(model, str) else model
+    process = _start([*command, "serve", *models, *fixed, *flags])
     server = Server(process)
     try:
         await server.listening()

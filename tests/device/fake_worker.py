@@ -23,7 +23,7 @@ from headrace.core.facts import EncoderFacts, LoadFacts, Memory, ModelFacts
 from headrace.core.ports import Capacity, Encoding
 from headrace.core.step import StepPlan, StepResult
 from headrace.core.types import HeadraceError
-from headrace.device import wire, worker
+from headrace.device import nursery, wire, worker
 
 CAPACITY = Capacity(blocks=64, block_tokens=4, max_context_tokens=100, vocab=VOCAB, layers=1)
 
@@ -88,6 +88,9 @@ def load(
     files = tuple((str(file), file.stat().st_size, 0) for file in sorted(folder.glob("*.gguf")))
     opened(ModelFacts("fake", "none", 0, 0, "gguf", "{}", None, None, None, frozenset(), False, files))
     phase("think")
+    packed(1)
+    if what.kv_fd is not None:
+        os.pwrite(what.kv_fd, b"kept", 0)
     memory = Memory(0, 0, 64 * 16, 1 << 30, 16, 4, 100)
     encoder = EncoderFacts(Encoding("fake", 4, 100, 100), "{}", 0)
     facts = LoadFacts(CAPACITY, memory, "fp32", "cpu", ((1, 0.001), (2, 0.002)), 0, "fp32", "none", encoder)
@@ -97,4 +100,7 @@ def load(
 
 
 if __name__ == "__main__":
-    sys.exit(worker.main(worker.from_argument(sys.argv[1]), load))
+    end = worker.from_argument(sys.argv[-1])
+    if sys.argv[1] != "nursery":
+        sys.exit(worker.main(end, load))
+    sys.exit(nursery.nurse(end, lambda theirs, kv_fd: worker.main(theirs, load, kv_fd=kv_fd)))

@@ -169,7 +169,9 @@ def summary(housing: Housing, phase: Phases) -> str:
 def _ledger(housing: Housing) -> Iterator[str]:
     """How the memory is divided, by what is known of the models."""
     residence = housing.host.residence
-    yield f"{len(housing.houses)} models in {format_bytes(residence.budget)}, loaded when somebody asks for them:"
+    shared = housing.first.known.expected.shared
+    beside = f", beside {format_bytes(shared)} that their processes share" if shared else ""
+    yield f"{len(housing.houses)} models in {format_bytes(residence.budget)}{beside}, loaded when somebody asks:"
     for name, house in housing.houses.items():
         sizes = house.known.sizes
         parts = [(sizes.weights, "weights"), (sizes.activations, "activations"), (residence.share(name), "KV")]

@@ -17,6 +17,8 @@ from headrace.device import nursery, worker
 if TYPE_CHECKING:
     from headrace.device.wire import Load, Seen
 
+_WORDS_BYTES = 25  # of a tokenizer in memory, for each of its file; until it is measured
+
 
 def load(
     what: Load, phase: Callable[[str], None], opened: Callable[[ModelFacts], None], packed: Callable[[int], None]
@@ -60,11 +62,10 @@ def look(what: Load) -> Seen:
     from headrace.device.wire import Seen
 
     facts, expected = looked_at(what)
-    words = grammars_of(text_of(facts))  # which it will need too, and they are not small
     encoder = open_embedding(what.embedding, expected.device, lambda _: None) if what.embedding else None
     known, own = worker.encoder_facts(*encoder) if encoder else None, worker.own_bytes()
-    del words
-    return Seen(facts, replace(expected, process=own, shared=worker.all_bytes() - own), known)
+    more = _WORDS_BYTES * len(facts.tokenizer_json)
+    return Seen(facts, replace(expected, process=own + more, shared=worker.all_bytes() - own), known)
 
 
 def preload() -> None:

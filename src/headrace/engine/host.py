@@ -126,6 +126,7 @@ class Host:
         """Wait until a model is in memory. None: it is, and `leave` has to follow; else how the request ended. Raises
         Overloaded or Unavailable."""
         self._check_room(name, request)
+        self._look_after(name)
         ticket = self.residence.enter(name, clock.now())
         self._live += 1
         self._empty.clear()
@@ -160,11 +161,15 @@ class Host:
 
     def leave(self, name: str) -> None:
         """A request that was let in has ended."""
-        service = self.houses[name].service
-        if service is not None and service.status().state == "failed":
-            self.residence.broke(name)
+        self._look_after(name)
         self.residence.leave(name, clock.now())
         self._less()
+
+    def _look_after(self, name: str) -> None:
+        """Nobody is sent to a replica that has given up."""
+        service = self.houses[name].service
+        if service is not None and self.residence.state(name) is State.READY and service.status().state == "failed":
+            self.residence.broke(name)
 
     def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
         for waiter in self._waiting.values():
