@@ -39,6 +39,7 @@ ONLY_IN = {  # a package -> the places that may import it
     "tokenizers": {"gateway"},
     "prometheus_client": {"gateway"},
     "opentelemetry": {"gateway/traces.py"},
+    "redis": {"gateway/shared_limits.py"},
     "httptools": {"bench"},
     "ray": {"cluster/ray.py"},
     "highspy": {"sim/plan/mix.py"},

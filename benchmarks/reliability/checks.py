@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import soak
 
-from reliability import batches, control_plane, damage, drain, ends, hangups, models, startup, worker
+from reliability import batches, control_plane, damage, drain, ends, hangups, models, overload, silence, startup, worker
 from reliability.check import Check
 
 CHECKS: dict[str, Check] = {
@@ -14,9 +14,11 @@ CHECKS: dict[str, Check] = {
     "R5": drain.drained,
     "R6": hangups.left,
     "R7": soak.soaked,
+    "R8": overload.overloaded,
     "R12": control_plane.answers,
     "R15": models.swapped,
     "R16": damage.found,
     "R17": batches.kept,
     "R18": startup.starts,
+    "R19": silence.silent,
 }

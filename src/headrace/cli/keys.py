@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.core import clock, config
-from headrace.core.config import BadSetting, KeySettings
+from headrace.core.config import BadSetting, KeySettings, LimitSettings
 
 if TYPE_CHECKING:
     from headrace.gateway.keys import Guard, Key
@@ -94,11 +94,22 @@ def guard_of(file: KeyFile) -> Guard:
     return Guard(file.current, ring_of(config.api_key()), clock.wall)
 
 
-def limits_of(file: KeyFile) -> Store:
-    """The accounts of all keys, with what earlier processes have spent of their budgets."""
+def limits_of(file: KeyFile, settings: LimitSettings) -> Store:
+    """The accounts of all keys, with what earlier processes have spent of their budgets. Raises BadSetting."""
     from headrace.gateway.limits import InProcess, Ledger
 
-    return InProcess(Ledger(file.spent()), clock.now, file.charge)
+    apart = InProcess(Ledger(file.spent()), clock.now, file.charge)
+    if settings.limits_redis is None:
+        return apart
+    try:
+        from headrace.gateway.shared_limits import Shared
+    except ImportError as error:
+        raise BadSetting("--limits-redis needs a client for it: pip install 'headrace[redis]'") from error
+    try:  # the message of a ValueError may show a password
+        fallback = apart if settings.limits_when_lost == "open" else None
+        return Shared(settings.limits_redis, fallback, file.spent(), file.charge)
+    except ValueError:
+        raise BadSetting("--limits-redis is no address of a Redis; write redis://HOST:PORT/0") from None
 
 
 def _add(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from headrace.core.config import (
     EngineSettings,
     GatewaySettings,
     KeySettings,
+    LimitSettings,
     ModelsSettings,
     format_bytes,
 )
@@ -69,7 +70,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--config", "--plan", type=Path, metavar="FILE", help="TOML file with sections [engine], [device], ..."
     )
-    for settings in (EngineSettings, DeviceSettings, ModelsSettings, GatewaySettings, KeySettings):
+    for settings in (EngineSettings, DeviceSettings, ModelsSettings, GatewaySettings, KeySettings, LimitSettings):
         config.add_flags(parser, settings)
     parser.set_defaults(run=run)
 
@@ -84,12 +85,13 @@ def run(args: argparse.Namespace) -> int:
     settings = config.load(GatewaySettings, args, toml)
     keys = file_of(args, toml)
     guard = guard_of(keys)
+    limits = limits_of(keys, config.load(LimitSettings, args, toml))
     check(settings, guard.asks)  # before minutes of loading, not after
     phase = Phases()
     print(f"headrace serve {' '.join(args.models)}", file=sys.stderr)
     with Recordings(settings.record, settings.record_plans) as recordings:
         housing = open_housing(args, toml, phase, settings, recordings)
-        beside = open_beside(housing, settings, phase, guard, limits_of(keys))
+        beside = open_beside(housing, settings, phase, guard, limits)
         try:
             return clock.run(_serve(housing, beside, settings, recordings, phase))
         finally:
@@ -143,6 +145,7 @@ async def living(
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+        await beside.extras.limits.close()
         housing.door.close()
 
 

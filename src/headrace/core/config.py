@@ -226,6 +226,23 @@ class KeySettings:
     keys_file: Path | None = setting(None, "the keys; by default keys.sqlite3 beside the pulled models")
 
 
+@dataclass(frozen=True, slots=True)
+class LimitSettings:
+    """Where the limits of keys are counted."""
+
+    limits_redis: str | None = setting(
+        None,
+        "a Redis that counts for all servers that name it, as redis://HOST:PORT/0; better in HEADRACE_LIMITS_REDIS if "
+        "it has a password; by default each server counts for itself",
+    )
+    limits_when_lost: str = setting(
+        "closed",
+        "while that Redis does not answer, calls of keys with limits are refused (closed), or each server counts for "
+        "itself (open)",
+        ("closed", "open"),
+    )
+
+
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """Give `parser` one flag per setting. A flag that is not given stays None, so that weaker sources may speak."""
     group = parser.add_argument_group(_section(settings), description=settings.__doc__)

@@ -84,7 +84,7 @@ class Gate:
             used = permit.used_tokens if permit.began else 0
             raise
         finally:
-            self.store.settle(ticket, permit.used_tokens if used is None else used, counts)
+            await self.store.settle(ticket, permit.used_tokens if used is None else used, counts)
 
     async def _take(self, key_id: str, limits: Limits, tokens: int) -> Ticket:
         try:

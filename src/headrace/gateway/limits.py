@@ -1,5 +1,5 @@
 """How much a key may use: pure accounts, `now` an argument. Decides yes or no and how long to stay away; owns the
-accounts of one process. `gate` asks it about every call, `limits_redis` answers the same questions for many processes.
+accounts of one process. `gate` asks it about every call, `shared_limits` keeps the same accounts for many processes.
 
 A call takes one request, and the tokens it may come to, out of buckets that fill evenly and hold one minute's worth;
 when it is over, what it did not use goes back. So in any t seconds a key never gets more than limit * (1 + t / 60).
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from headrace.core.types import HeadraceError
@@ -50,7 +50,7 @@ class Ticket:
     limits: Limits
     tokens: int
     at_s: float
-    standing: Standing
+    standing: Standing = Standing()
 
 
 class Denied(HeadraceError):
@@ -70,9 +70,12 @@ class Store(Protocol):
         """Raises Denied. A caller that is cancelled here has taken nothing."""
         ...
 
-    def settle(self, ticket: Ticket, used_tokens: int, counts: bool = True) -> None:
-        """The call is over. `counts` is False for one that the server refused, which is as if it had never come."""
+    async def settle(self, ticket: Ticket, used_tokens: int, counts: bool = True) -> None:
+        """The call is over, also for a caller that is cancelled here. `counts` is False for one that the server
+        refused, which is as if it had never come."""
         ...
+
+    async def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -155,6 +158,46 @@ class Account:
             waits.append((self.tokens.until_s(tokens), "tokens"))
         return (max(waits)[1], max(waits)[0]) if waits else None
 
+    def take(self, ticket: Ticket, now: float) -> Ticket:
+        """The same ticket with what is left after it. Raises Denied; then nothing is taken."""
+        standing = self.fill(ticket.limits, now)
+        denial = self.denial(ticket.limits, ticket.tokens)
+        if denial is not None:
+            raise Denied(*denial, standing)
+        if self.requests:
+            self.requests.take(ticket.id, 1)
+        if self.tokens:
+            self.tokens.take(ticket.id, ticket.tokens)
+        self.running[ticket.id] = ticket.tokens
+        self.reserved_tokens += ticket.tokens
+        return replace(ticket, standing=self.fill(ticket.limits, now))
+
+    def settle(self, ticket: Ticket, used_tokens: int, counts: bool, now: float) -> int:
+        """What it did not use goes back, what it used beyond that is owed. Returns what the budget is charged; a ticket
+        that was settled before charges nothing."""
+        tokens = self.running.pop(ticket.id, None)
+        if tokens is None:
+            return 0
+        used = used_tokens if counts else 0
+        self.reserved_tokens -= tokens
+        self.spent_tokens += used
+        self.fill(ticket.limits, now)
+        if self.tokens:
+            self.tokens.give_back(ticket.id, tokens - used)
+        if self.requests:
+            self.requests.give_back(ticket.id, 0 if counts else 1)
+        if counts:
+            self.mean_s += _LATEST * (now - ticket.at_s - self.mean_s)
+        return used
+
+    def check(self) -> None:
+        """Whether it can be true."""
+        assert self.reserved_tokens == sum(self.running.values())
+        assert self.spent_tokens >= 0 <= self.reserved_tokens
+        for bucket in filter(None, (self.requests, self.tokens)):
+            assert bucket.level <= bucket.per_minute
+            assert bucket.room.keys() <= self.running.keys(), "somebody who is gone may still give back"
+
 
 def _filled(bucket: Bucket | None, per_minute: int | None, now: float) -> Bucket | None:
     if per_minute is None:
@@ -175,40 +218,13 @@ class Ledger:
 
     def take(self, key_id: str, limits: Limits, tokens: int, now: float) -> Ticket:
         """Raises Denied; then nothing is taken."""
-        account = self._accounts.setdefault(key_id, Account())
-        standing = account.fill(limits, now)
-        denial = account.denial(limits, tokens)
-        if denial is not None:
-            raise Denied(*denial, standing)
         self._taken += 1
-        name = f"{self._taken}"
-        if account.requests:
-            account.requests.take(name, 1)
-        if account.tokens:
-            account.tokens.take(name, tokens)
-        ticket = Ticket(name, key_id, limits, tokens, now, account.fill(limits, now))
-        account.running[ticket.id] = tokens
-        account.reserved_tokens += tokens
-        return ticket
+        ticket = Ticket(f"{self._taken}", key_id, limits, tokens, now)
+        return self._accounts.setdefault(key_id, Account()).take(ticket, now)
 
     def settle(self, ticket: Ticket, used_tokens: int, counts: bool, now: float) -> int:
-        """What it did not use goes back, what it used beyond that is owed. Returns what the budget is charged; a ticket
-        that was settled before charges nothing."""
-        account = self._accounts[ticket.key_id]
-        tokens = account.running.pop(ticket.id, None)
-        if tokens is None:
-            return 0
-        used = used_tokens if counts else 0
-        account.reserved_tokens -= tokens
-        account.spent_tokens += used
-        account.fill(ticket.limits, now)
-        if account.tokens:
-            account.tokens.give_back(ticket.id, tokens - used)
-        if account.requests:
-            account.requests.give_back(ticket.id, 0 if counts else 1)
-        if counts:
-            account.mean_s += _LATEST * (now - ticket.at_s - account.mean_s)
-        return used
+        """See `Account.settle`."""
+        return self._accounts[ticket.key_id].settle(ticket, used_tokens, counts, now)
 
     def running(self, key_id: str) -> int:
         return len(self._accounts[key_id].running) if key_id in self._accounts else 0
@@ -218,11 +234,8 @@ class Ledger:
 
     def check(self) -> None:
         """Whether the accounts can be true."""
-        for key_id, account in self._accounts.items():
-            assert account.reserved_tokens == sum(account.running.values()), key_id
-            assert account.spent_tokens >= 0 <= account.reserved_tokens, key_id
-            for bucket in filter(None, (account.requests, account.tokens)):
-                assert bucket.level <= bucket.per_minute, key_id
+        for account in self._accounts.values():
+            account.check()
 
 
 class InProcess:
@@ -238,7 +251,10 @@ class InProcess:
     async def take(self, key_id: str, limits: Limits, tokens: int) -> Ticket:
         return self.ledger.take(key_id, limits, tokens, self._now_s())
 
-    def settle(self, ticket: Ticket, used_tokens: int, counts: bool = True) -> None:
+    async def settle(self, ticket: Ticket, used_tokens: int, counts: bool = True) -> None:
         charged = self.ledger.settle(ticket, used_tokens, counts, self._now_s())
         if charged:
             self._charged(ticket.key_id, charged)
+
+    async def close(self) -> None:
+        """Nothing is open."""
