@@ -206,8 +206,9 @@ def test_a_drain_finishes_what_waits_and_takes_nothing_new() -> None:
         await clock.sleep(0.1)
         draining = asyncio.create_task(rig.host.drain(30.0))
         await clock.sleep(0.1)
-        with pytest.raises(Unavailable, match="draining"):
+        with pytest.raises(Unavailable, match="draining") as refused:
             await rig.ask("a")
+        assert refused.value.retry_after_s is not None and 25 < refused.value.retry_after_s <= 30  # nobody has left yet
         assert await asking is FinishReason.STOP and await draining
         assert rig.host.models["a"].status().state == "draining"
 

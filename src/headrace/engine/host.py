@@ -88,6 +88,7 @@ class Host:
         self.residence = residence
         self.models = {name: Hosted(self, name) for name in houses}
         self.draining = False
+        self._drain: tuple[float, float, int] | None = None  # when it began, when it ends, who was here
         self.done: dict[str, float] = {}  # of the load under way, the share
         self.errors: dict[str, str] = {}  # why the last load failed
         self._most_waiting = most_waiting
@@ -153,7 +154,7 @@ class Host:
     async def using(self, name: str) -> AsyncIterator[None]:
         """A model in memory, for what is no request to it. Raises Overloaded or Unavailable."""
         if await self.enter(name, None) is not None:
-            raise Unavailable("the server is draining and takes no new requests")
+            raise Unavailable("the server is draining and takes no new requests", self._drained_s())
         try:
             yield
         finally:
@@ -189,6 +190,8 @@ class Host:
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests, finish the others, for which models are still loaded."""
         self.draining = True
+        now = clock.now()
+        self._drain = (now, now + timeout_s, self._live)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()
@@ -198,6 +201,15 @@ class Host:
             await asyncio.gather(*(service.drain(0.0) for service in services))
             return False
         return True
+
+    def _drained_s(self) -> float | None:
+        """Seconds until those who are here have left, at the rate at which others have since the drain began."""
+        if self._drain is None:
+            return None
+        began_s, until_s, were = self._drain
+        now, left = clock.now(), were - self._live
+        rest_s = max(0.0, until_s - now)
+        return min(rest_s, self._live * (now - began_s) / left) if left > 0 else rest_s
 
     def keep(self, name: str, seconds: float) -> None:
         self.residence.keep(name, seconds, clock.now())
@@ -210,7 +222,7 @@ class Host:
 
     def _check_room(self, name: str, request: Request | None) -> None:
         if self.draining:
-            raise Unavailable("the server is draining and takes no new requests")
+            raise Unavailable("the server is draining and takes no new requests", self._drained_s())
         if self.residence.state(name) is State.READY:
             return
         requests, tokens = self.waiting(name)
