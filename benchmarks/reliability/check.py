@@ -16,6 +16,7 @@ class Setting:
     model: str  # as for `headrace serve`
     folder: Path  # for files, away when all is over
     flags: tuple[str, ...] = ()  # more of them for every server
+    slack: float = 1.0  # how many times longer than promised is near enough: where others use the machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import soak
 
-from reliability import batches, control_plane, damage, drain, ends, hangups, models, overload, silence, startup, worker
+from reliability import (
+    batches,
+    control_plane,
+    damage,
+    drain,
+    ends,
+    gaps,
+    hangups,
+    models,
+    overload,
+    silence,
+    startup,
+    worker,
+)
 from reliability.check import Check
 
 CHECKS: dict[str, Check] = {
@@ -15,6 +28,7 @@ CHECKS: dict[str, Check] = {
     "R6": hangups.left,
     "R7": soak.soaked,
     "R8": overload.overloaded,
+    "R11": gaps.unbroken,
     "R12": control_plane.answers,
     "R15": models.swapped,
     "R16": damage.found,

@@ -120,6 +120,11 @@ class Answer:
         return self.done and self.finish is not None and self.error is None
 
     @property
+    def tokens(self) -> int:
+        """Pieces that came; a piece may be of several tokens where letters are."""
+        return len(self.token_s)
+
+    @property
     def longest_gap_s(self) -> float:
         gaps = [after - before for before, after in zip(self.token_s, self.token_s[1:], strict=False)]
         return max(gaps, default=0.0)
@@ -130,9 +135,12 @@ def client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=120, limits=limits, trust_env=False)
 
 
-async def ask(http: httpx.AsyncClient, url: str, prompt: str, tokens: int, seed: int = 1) -> Answer:
-    """A streamed completion of exactly so many tokens, drawn with this seed; never raises for what the server does."""
-    answer, begin = Answer(), time.monotonic()
+async def ask(
+    http: httpx.AsyncClient, url: str, prompt: str | list[int], tokens: int, seed: int = 1, answer: Answer | None = None
+) -> Answer:
+    """A streamed completion of exactly so many tokens, drawn with this seed; never raises for what the server does.
+    Who cannot wait for it hands in an `answer` to watch."""
+    answer, begin = answer or Answer(), time.monotonic()
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.8, "seed": seed, "stream": True}
     try:
         request = http.stream("POST", f"{url}/v1/completions", json=body | {"ignore_eos": True})

@@ -28,13 +28,15 @@ async def killed(setting: Setting) -> Found:
                 asking = asyncio.create_task(everybody(server, tokens))
                 await asyncio.sleep(expected[0].seconds * rng.uniform(0.1, 0.7))
                 server.worker.send_signal(signal.SIGKILL)
-                seen.append(await until(http, server.url, False, 10))
+                seen.append(await until(http, server.url, False, 30))
                 back.append(seen[-1] + await until(http, server.url, True, 60))
                 got = await asking
                 answers += len(got)
                 wrong += differences(got, expected)
     ours = f"{kills} kills: seen in {s(max(seen))}, back in {s(max(back))}, {answers - len(wrong)} of {answers} whole"
-    return Found("; ".join([ours, *wrong[:2]]), not wrong and max(seen) <= 2 and max(back) <= 10)
+    return Found(
+        "; ".join([ours, *wrong[:2]]), not wrong and max(seen) <= 2 * setting.slack and max(back) <= 10 * setting.slack
+    )
 
 
 async def hung(setting: Setting) -> Found:
@@ -52,7 +54,7 @@ async def hung(setting: Setting) -> Found:
         f"{what}: seen in {s(seen)}, back in {s(back)}"
         for what, (seen, back, _) in zip(("stopped", "endless"), found, strict=True)
     ]
-    held = not wrong and all(seen <= 5 and back <= 15 for seen, back, _ in found)
+    held = not wrong and all(seen <= 5 * setting.slack and back <= 15 * setting.slack for seen, back, _ in found)
     return Found("; ".join([*told, *wrong[:2]]), held)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -25,7 +26,7 @@ from headrace.gateway.errors import Refused, bad
 from headrace.gateway.replies import error_body
 from headrace.gateway.state import batches, files
 from headrace.gateway.state.batches import Bounds
-from headrace.gateway.state.database import BadState, Database
+from headrace.gateway.state.database import BadState, CannotStore, Database
 from headrace.gateway.state.runner import Runner
 
 BOUNDS = Bounds(10_000, 100)
@@ -189,6 +190,70 @@ def test_files_that_are_no_batches_fail_with_a_reason_and_a_line(content: bytes,
     lines, errors = batches.read(content, URL, BOUNDS)
     assert errors[0]["code"] == code and errors[0]["message"]
     assert len(lines) < 101
+
+
+def full(database: Database, is_so: bool = True) -> None:
+    """As if the disk had no page left, or had room again."""
+
+    def work(connection: sqlite3.Connection) -> None:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages if is_so else 1_000_000}")
+
+    asyncio.run(database.read(work))
+
+
+def test_while_the_disk_is_full_a_batch_waits_and_asks_nothing_twice(tmp_path: Path) -> None:
+    asked: Counter[bytes] = Counter()
+    database = Database(tmp_path)
+    batch = asyncio.run(create(database, b"\n".join(line(f"l{n}", {"n": n}) for n in range(3))))
+
+    async def reply(_url: str, body: bytes, _tenant: str) -> tuple[str, bytes]:
+        if not asked:
+            await database.read(lambda connection: connection.execute("PRAGMA max_page_count = 1"))
+        asked[body] += 1
+        return "id", b'"%s"' % (b"x" * 5000)  # does not fit
+
+    async def main() -> batches.Batch:
+        running = asyncio.create_task(Runner(database, reply, error_body, BOUNDS, 3).run())
+        while len(asked) < 3:
+            await asyncio.sleep(0)
+        with pytest.raises(CannotStore, match="disk is full"):
+            await database.write(lambda at: files.add(at, "", "batch", "in", b"x" * 9000, 1, None))
+        await database.read(lambda connection: connection.execute("PRAGMA max_page_count = 1000000"))
+        while (now := await database.read(lambda at: batches.get(at, "", batch.id))).status in batches.UNFINISHED:
+            assert not running.done()
+            await asyncio.sleep(0)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        return now
+
+    ended = asyncio.run(main())
+    assert (ended.status, set(asked.values()), len(asked)) == ("completed", {1}, 3)
+    assert len(asyncio.run(output(database, ended.output_file_id))) == 3
+    database.close()
+
+
+def test_a_full_disk_is_said_and_answers_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    database = Database(tmp_path)
+    app = build(RoteService(), make_text(), GatewaySettings(), Metrics(), Extras(database=database))
+
+    def call(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        status, _, answer = asyncio.run(ask(app, path, json.dumps(body).encode(), "POST"))
+        return status, json.loads(answer)
+
+    full(database)
+    body, headers = form(b"x" * 50_000, "user_data")
+    status, sent, answer = asyncio.run(ask(app, "/v1/files", body, "POST", headers))
+    assert status == 503 and b"the server can store nothing at the moment: its disk is full" in answer
+    assert "retry-after" in sent
+    assert str(tmp_path) in caplog.text and "make room" in caplog.text and str(tmp_path).encode() not in answer
+    first = {"model": "rote", "input": "hello", "max_output_tokens": 4}
+    answers = [call("/v1/responses", first) for _ in range(20)]  # some still fit into pages that there are
+    assert [status for status, _ in answers] == [200] * 20
+    assert call("/v1/responses", {**first, "previous_response_id": answers[-1][1]["id"]})[0] == 400  # it is not here
+    full(database, False)
+    assert asyncio.run(ask(app, "/v1/files", body, "POST", headers))[0] == 200
+    database.close()
 
 
 def test_a_second_server_is_kept_out(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from headrace.engine.loop import Engine
     from headrace.gateway.text import Text
 
-WORKER = (sys.executable, "-m", "headrace.cli.worker")
+WORKER: tuple[str, ...] = (sys.executable, "-m", "headrace.cli.worker")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import os
 import sqlite3
 from collections.abc import Callable
@@ -15,9 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from headrace.core.types import HeadraceError
+from headrace.core.types import HeadraceError, Unavailable
+
+LOG = logging.getLogger("headrace.gateway")
 
 T = TypeVar("T")
+_NOT_WRITTEN = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 _VERSION = 2
 _SCHEMA = """
 CREATE TABLE files (
@@ -51,6 +55,10 @@ class BadState(HeadraceError):
     """The state directory cannot be used; the message says why and what to do."""
 
 
+class CannotStore(Unavailable):
+    """The disk takes nothing more, or refuses; whatever needs no disk goes on."""
+
+
 class Database:
     """`folder` is made if it is missing, readable by its owner alone. Raises BadState."""
 
@@ -69,17 +77,22 @@ class Database:
 
     async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """`work` as one transaction: durable once this returns, undone if it raises. Runs to its end even if nobody
-        waits for it any more."""
+        waits for it any more. Raises CannotStore."""
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work))
 
     def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
         connection = self._connection
-        connection.execute("BEGIN IMMEDIATE")
         try:
+            connection.execute("BEGIN IMMEDIATE")
             result = work(connection)
             connection.execute("COMMIT")
-        except BaseException:
-            connection.execute("ROLLBACK")
+        except BaseException as error:
+            if connection.in_transaction:  # where the disk is full it has been undone already
+                connection.execute("ROLLBACK")
+            if _not_written(error):
+                LOG.error("%s cannot be written: %s; make room on its disk", self.folder, error)
+                what = "its disk is full" if _full(error) else "its disk refuses to write"
+                raise CannotStore(f"the server can store nothing at the moment: {what}; try again later") from error
             raise
         return result
 
@@ -89,6 +102,14 @@ class Database:
             self._thread.submit(self._connection.close).result()
         self._thread.shutdown(wait=True)
         os.close(self._lock)
+
+
+def _not_written(error: BaseException) -> bool:
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_WRITTEN
+
+
+def _full(error: BaseException) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
 
 
 def _lock(folder: Path) -> int:
@@ -108,7 +129,10 @@ def _lock(folder: Path) -> int:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+    except OSError as error:
+        raise BadState(f"{path} cannot be written: {error.strerror}; choose --state-dir") from error
     connection = sqlite3.connect(path, isolation_level=None)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
@@ -124,5 +148,7 @@ def _open(path: Path) -> sqlite3.Connection:
             raise BadState(f"{path} is of version {version}, and this program knows {_VERSION}; choose --state-dir")
     except sqlite3.DatabaseError as error:
         connection.close()
+        if _not_written(error):
+            raise BadState(f"{path} cannot be written: {error}; make room on its disk or choose --state-dir") from error
         raise BadState(f"{path} cannot be read as a database: {error}; move it away or choose --state-dir") from error
     return connection

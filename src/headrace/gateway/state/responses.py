@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from headrace.core import clock
-from headrace.gateway.state.database import Database
+from headrace.gateway.state.database import CannotStore, Database
 from headrace.gateway.turns import Messages
 
 MOST_RESPONSES = 10_000  # the oldest are forgotten
@@ -47,6 +48,7 @@ class Responses:
         return tuple(messages)
 
     async def keep(self, tenant: str, response_id: str, previous: str | None, messages: Messages, body: bytes) -> None:
+        """Where the disk takes nothing the answer is given all the same; who continues it hears that it is not here."""
         now_s = int(clock.wall())
         row = (response_id, tenant, previous, now_s, json.dumps(messages), body)
 
@@ -57,7 +59,8 @@ class Responses:
                 "DELETE FROM responses WHERE rowid <= (SELECT MAX(rowid) FROM responses) - ?", (MOST_RESPONSES,)
             )
 
-        await self.database.write(insert)
+        with suppress(CannotStore):
+            await self.database.write(insert)
 
     async def get(self, tenant: str, response_id: str) -> tuple[bytes, Messages] | None:
         """The response as it was answered, and its own messages, the last of which is the answer."""

@@ -1,7 +1,8 @@
 """Works through batches, the oldest first, some lines at a time, and survives being killed at any moment.
 
 A line that is under way when the process dies has no answer yet and is asked again; one that has an answer is not.
-Refusals that are about the moment (overload, a server that shuts down) are no answers. Owns the tasks of the batch in
+Refusals that are about the moment (overload, a server that shuts down) are no answers, and while the disk is full the
+answers that are there wait for room. Owns the tasks of the batch in
 work; what is true of batches is in the database.
 """
 
@@ -11,12 +12,15 @@ import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import TypeVar
 
 from headrace.core import clock
 from headrace.gateway.errors import LOG, Refused, refused
 from headrace.gateway.state import batches, files
 from headrace.gateway.state.batches import Batch, Bounds, Sender, Todo
-from headrace.gateway.state.database import Database
+from headrace.gateway.state.database import CannotStore, Database
+
+T = TypeVar("T")
 
 Ask = Callable[[str, bytes, Sender], Awaitable[tuple[str, bytes]]]
 """(endpoint, body, whose it is) -> (request id, body of the answer); raises as handlers do."""
@@ -48,7 +52,7 @@ class Runner:
         while True:
             self._work.clear()
             now_s = int(clock.wall())
-            await self._database.write(partial(_sweep, now_s))
+            await self._write(partial(_sweep, now_s))
             batch = await self._database.read(batches.unfinished)
             if batch is None:
                 await self._work.wait()
@@ -60,7 +64,7 @@ class Runner:
         now_s = int(clock.wall())
         match batch.status:
             case "validating":
-                await self._database.write(lambda at: batches.validate(at, batch, self._bounds, now_s))
+                await self._write(lambda at: batches.validate(at, batch, self._bounds, now_s))
             case "cancelling":
                 await self._end(batch, "cancelled")
             case "in_progress" if now_s >= batch.expires_s:
@@ -72,7 +76,7 @@ class Runner:
 
     async def _end(self, batch: Batch, last: str) -> None:
         now_s = int(clock.wall())
-        await self._database.write(lambda connection: batches.finalize(connection, batch, last, now_s))
+        await self._write(lambda connection: batches.finalize(connection, batch, last, now_s))
         LOG.info("%s %s", batch.id, last)
 
     async def _answer_lines(self, batch: Batch) -> None:
@@ -96,6 +100,16 @@ class Runner:
             group.create_task(self._feed(batch, lines))
             for _ in range(self._side_by_side):
                 group.create_task(self._worker(batch, lines))
+
+    async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """`Database.write`, as soon as the disk takes it."""
+        wait_s = _RETRY_S[0]
+        while True:
+            try:
+                return await self._database.write(work)
+            except CannotStore:
+                await clock.sleep(wait_s)
+            wait_s = min(2 * wait_s, _RETRY_S[1])
 
     async def _watch(self, batch: Batch) -> None:
         """Return when the batch is not to be worked on any more: cancelled, or out of time."""
@@ -122,7 +136,7 @@ class Runner:
     async def _worker(self, batch: Batch, lines: asyncio.Queue[Todo | None]) -> None:
         while (line := await lines.get()) is not None:
             ok, answer = await self._one(batch, line)
-            await self._database.write(partial(_answer, batch.id, line.number, ok, answer))
+            await self._write(partial(_answer, batch.id, line.number, ok, answer))
 
     async def _one(self, batch: Batch, line: Todo) -> tuple[bool, bytes]:
         """What becomes of a line. What is only wrong at this moment is tried again."""
