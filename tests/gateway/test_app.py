@@ -67,7 +67,9 @@ def test_unknown_paths_are_404_in_json(path: str) -> None:
 def test_health_follows_the_service() -> None:
     service = RoteService()
     app = app_of(service)
-    for state, live, ready in (("ready", 200, 200), ("draining", 200, 503), ("failed", 503, 503)):
+    states = {"ready": (200, 200), "restarting": (200, 503), "draining": (200, 503)}
+    states |= dict.fromkeys(("stalled", "failed"), (503, 503))
+    for state, (live, ready) in states.items():
         service.state = state
         assert run(ask(app, "/health/live", method="GET"))[0] == live
         status, _, body = run(ask(app, "/health/ready", method="GET"))

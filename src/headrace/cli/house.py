@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from headrace.cli.assemble import Planned, Watched, find_model
+from headrace.core import clock
 from headrace.core.config import Bytes, EngineSettings
 from headrace.core.facts import Expected, LoadFacts, ModelFacts
 from headrace.core.metrics import Metrics
@@ -156,6 +157,7 @@ class Seat:
         self.executor: Executor | None = executor
         self._capacity = executor.capacity
         self._turn = turn
+        self.watch: Watch | None = None  # is to know that a step that waits for its turn is not late
         self._steps = 0  # under way
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -181,7 +183,11 @@ class Seat:
     async def _run(self, executor: Executor, plan: StepPlan) -> StepResult:
         if self._turn is None:
             return await executor.run(plan)
+        if self.watch is not None:
+            self.watch.waits(plan)
         async with self._turn:
+            if self.watch is not None:
+                self.watch.began(plan, clock.now())
             return await executor.run(plan)
 
     def interrupt(self) -> Run | None:
@@ -287,7 +293,7 @@ class ModelHouse:
         if self._replica is None:
             seat = Seat(opened.executor, self._turn)
             planned = Planned.of(self.known.engine, seat, self._steps, self._observer, self._watched)
-            watch = Watch(*planned.price)
+            watch = seat.watch = Watch(*planned.price)
             engine = planned.engine(self.known.name, watch)
             self._capacity = engine.capacity
             self._replica = _Replica(planned, seat, engine, watch, asyncio.create_task(engine.run()))

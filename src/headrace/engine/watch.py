@@ -33,6 +33,10 @@ class Watch:
         predicted_s = (self._base_s + plan.tokens * self._per_token_s) * plan.steps
         self._began[plan.lane] = now, max(predicted_s, 1e-6)
 
+    def waits(self, plan: StepPlan) -> None:
+        """It has not begun yet, for others compute: `began` will be said again."""
+        self._began.pop(plan.lane, None)
+
     def ended(self, plan: StepPlan, now: float) -> None:
         began_s, predicted_s = self._began.pop(plan.lane, (now, 1.0))
         self._slowest = max(1.0, _FORGETS * self._slowest, (now - began_s) / predicted_s)

@@ -150,7 +150,7 @@ def _pages(models: Models, extras: Extras, exposition: Exposition) -> list[Serve
 
     async def live(request: Request) -> Response:
         health = _health(models)
-        return _json(_told(request, health), 503 if health.status == "failed" else 200)
+        return _json(_told(request, health), 503 if health.status in ("failed", "stalled") else 200)
 
     async def ready(request: Request) -> Response:
         health = _health(models)
@@ -166,7 +166,7 @@ def _pages(models: Models, extras: Extras, exposition: Exposition) -> list[Serve
             _operation("/v1/models/{model:path}", "One of them", shapes.Model, parameters={"model": "its name"}),
             one_model,
         ),
-        (_operation("/health/live", "Whether the server can go on", shapes.Health, 200, 503), live),
+        (_operation("/health/live", "Whether tokens move, or would", shapes.Health, 200, 503), live),
         (_operation("/health/ready", "Whether it takes requests", shapes.Health, 200, 503), ready),
         (Operation("/metrics", "GET", "Counters and histograms", metrics, shapes.Error), scrape),
     ]
