@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from reliability.check import Found, Setting, ms, percentile
-from reliability.running import Answer, Server, ask, client, prompts, serving
+from reliability.running import Answer, Server, ask, client, prompts, serving, under_way
 
 PATHS = ("/health/ready", "/health/live", "/metrics", "/v1/models")
 CLIENTS = 16
@@ -37,21 +37,12 @@ async def saturating(server: Server, words: int = 200, tokens: int = 60) -> Asyn
 
         running = [asyncio.create_task(one_client(one)) for one in prompts(CLIENTS, words)]
         try:
-            await under_way(answers)
+            await under_way(answers, CLIENTS)
             yield answers
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-
-
-async def under_way(answers: list[Answer], within_s: float = 120.0) -> None:
-    """Until every client has a token; raises TimeoutError."""
-    begin = time.monotonic()
-    while sum(one.tokens > 0 for one in answers) < CLIENTS:
-        if time.monotonic() - begin > within_s:
-            raise TimeoutError(f"no token within {within_s:g} s")
-        await asyncio.sleep(0.02)
 
 
 async def probing(server: Server, seconds: float) -> dict[str, list[float]]:

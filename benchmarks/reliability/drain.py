@@ -6,8 +6,10 @@ import asyncio
 import signal
 import time
 
+import httpx
+
 from reliability.check import Found, Setting, ms, percentile, s
-from reliability.running import Answer, Server, ask, client, prompts, serving
+from reliability.running import Answer, Server, ask, client, prompts, serving, under_way
 
 CLIENTS = 4
 
@@ -19,7 +21,7 @@ async def drained(setting: Setting) -> Found:
     refusals, wrong = list[Answer](), list[str]()
     for _ in range(repeats):
         async with serving(setting.model, setting.folder, *setting.flags, "--drain-timeout-s", "60") as server:
-            problems, refused = await once(server, 150 if setting.short else 60)
+            problems, refused = await once(server, 1000 if setting.short else 60)
             wrong += problems
             refusals += refused
     aborted = []
@@ -38,8 +40,7 @@ async def once(server: Server, tokens: int) -> tuple[list[str], list[Answer]]:
     """What went wrong, and who was refused."""
     wrong, refused = list[str](), list[Answer]()
     async with client() as http:
-        running = [asyncio.create_task(ask(http, server.url, one, tokens)) for one in prompts(CLIENTS)]
-        await asyncio.sleep(0.3)
+        running = await accepted(http, server, tokens)
         server.signal(signal.SIGTERM)
         await asyncio.sleep(0.01)
         while not all(task.done() for task in running):
@@ -58,11 +59,21 @@ async def once(server: Server, tokens: int) -> tuple[list[str], list[Answer]]:
     return wrong, refused
 
 
+async def accepted(http: httpx.AsyncClient, server: Server, tokens: int) -> list[asyncio.Task[Answer]]:
+    """One request of each client, all of which have a token."""
+    answers = [Answer() for _ in range(CLIENTS)]
+    running = [
+        asyncio.create_task(ask(http, server.url, prompt, tokens, answer=answer))
+        for prompt, answer in zip(prompts(CLIENTS), answers, strict=True)
+    ]
+    await under_way(answers, CLIENTS)
+    return running
+
+
 async def twice(server: Server) -> tuple[float, int]:
     """Seconds from the second signal to the end, and the exit status."""
     async with client() as http:
-        running = [asyncio.create_task(ask(http, server.url, one, 4000)) for one in prompts(CLIENTS)]
-        await asyncio.sleep(0.3)
+        running = await accepted(http, server, 4000)
         server.signal(signal.SIGTERM)
         await asyncio.sleep(0.1)
         begin = time.monotonic()

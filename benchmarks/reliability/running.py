@@ -167,6 +167,15 @@ def _take(line: str, answer: Answer) -> None:
             answer.token_s.append(time.monotonic())
 
 
+async def under_way(answers: list[Answer], count: int, within_s: float = 120.0) -> None:
+    """Until so many have a token; raises TimeoutError."""
+    begin = time.monotonic()
+    while sum(one.tokens > 0 for one in answers) < count:
+        if time.monotonic() - begin > within_s:
+            raise TimeoutError(f"no token within {within_s:g} s")
+        await asyncio.sleep(0.02)
+
+
 def prompts(count: int, words: int = 12) -> list[str]:
     """Different ones, of so many words."""
     known = "river wheel mill water stone grain flour gate dam channel".split()
