@@ -96,7 +96,8 @@ def shown(lines: list[frame.Line]) -> str:
     return "\n".join(line.text(False) for line in lines)
 
 
-def test_one_frame_for_scripts(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_frame_for_scripts(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # no terminal, and nobody says how wide one would be
     assert main(["top", "--url", f"{url}/v1", "--api-key", KEY, "--once"]) == 0
     told = capsys.readouterr().out
     assert "running 1   waiting 0   output 4 tokens/s   prompt 13 tokens/s" in told  # (2 + 10 * 2) / 5 and 64 / 5

@@ -170,7 +170,8 @@ def terminal(crowd: Crowd, who: str, keys: tuple[str, ...], last: str) -> str:
     """What a terminal of 200 by 40 has shown of `headrace top` once it showed `last`, after each key a frame later."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
-    environment = os.environ | {"HEADRACE_API_KEY": crowd.keys[who], "TERM": "xterm"}
+    size = {"COLUMNS": "200", "LINES": "40"}  # whoever runs the tests may have said something else
+    environment = os.environ | size | {"HEADRACE_API_KEY": crowd.keys[who], "TERM": "xterm"}
     top = subprocess.Popen([*HEADRACE, "top", "--url", crowd.url], stdin=its, stdout=its, stderr=its, env=environment)
     os.close(its)
     shown = ""

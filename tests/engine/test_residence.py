@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from random import Random
@@ -54,6 +54,25 @@ def test_the_least_recently_used_goes_and_its_kv_is_kept() -> None:
     one.unloaded("a", 30)
     assert one.decide(2.0) == Load("c", 53)
     assert one.kept("a") == 30 and one.used == 30 + 163 + 163
+    one.check()
+
+
+def test_a_process_a_little_larger_than_last_time_takes_no_kept_kv() -> None:
+    """All that is left is divided as KV, but for this."""
+    some = Sizes(weights=100, activations=10, kv_least=20, kv_wanted=400, process=80)
+    one = residence(600, **{name: Terms(some) for name in "abc"})
+    loaded(one, "a")
+    kv = loaded(one, "b", 1.0).kv_bytes
+    one.enter("c", 2.0)
+    assert one.decide(2.0) == Unload("a", True)
+    one.unloaded("a", kv)
+    decision = one.decide(2.0)
+    assert isinstance(decision, Load)
+    larger = replace(some, process=some.process + some.spare)
+    assert one.excess("c", larger, decision.kv_bytes) is None
+    one.loaded("c", larger, decision.kv_bytes, 3.0)
+    assert one.excess("c", replace(larger, process=larger.process + 2 * some.spare + 3), decision.kv_bytes)
+    assert one.kept("a") == kv
     one.check()
 
 

@@ -240,6 +240,8 @@ JSON = st.recursive(
 )
 NUMBERS = st.sampled_from([0, -1, 1, 2, 2.5, 1e308, -1e308, 2**31, 2**63, -(2**63) - 1, 10**30, "1", True])
 SERVED = {*openai.ChatRequest.__struct_fields__, *openai.CompletionRequest.__struct_fields__}
+SHORT = RoteService(context_tokens=200)
+SHORT_APP = app_of(SHORT)
 FIELDS = sorted(SERVED | bounds.IGNORED | set(bounds.REFUSED) | {"unheard_of"})
 
 
@@ -248,15 +250,14 @@ FIELDS = sorted(SERVED | bounds.IGNORED | set(bounds.REFUSED) | {"unheard_of"})
 def test_no_value_of_any_field_is_a_server_error(path: str, fields: dict[str, Any]) -> None:
     base: dict[str, Any] = {"max_tokens": 2}
     base["messages" if path == CHAT else "prompt"] = [{"role": "user", "content": "x"}] if path == CHAT else "x"
-    service = RoteService(context_tokens=200)
-    status, headers, body = run(ask(app_of(service), path, json.dumps(base | fields).encode("utf-8", "replace")))
+    status, headers, body = run(ask(SHORT_APP, path, json.dumps(base | fields).encode("utf-8", "replace")))
     assert status in (200, 400, 404), (status, body)
     if status == 200 and headers["content-type"] == "application/json":
         assert json.loads(body)["choices"]
     elif status != 200:
         error_of(body)
         assert not re.search(rb"0x[0-9a-f]{6,}|Traceback|\.py", body)
-    assert not service.open
+    assert not SHORT.open
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

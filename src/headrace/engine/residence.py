@@ -43,6 +43,11 @@ class Sizes:
     def fixed(self) -> int:
         return self.weights + self.activations + self.process
 
+    @property
+    def spare(self) -> int:
+        """What the next process may take more than the last: no two are of the same size."""
+        return self.process // 8
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -222,8 +227,8 @@ class Residence:
         free, and if that can never be, those who wait are refused."""
         model = self._models[name]
         model.state, model.kv, model.kept, model.kept_kv = State.COLD, 0, 0, 0
-        spare = (measured.process - model.sizes.process) // 8  # no two processes are of the same size
-        model.sizes = replace(measured, process=measured.process + max(0, spare))
+        surprise = max(0, measured.process - model.sizes.process)
+        model.sizes = replace(measured, process=measured.process + surprise // 8)
 
     def load_failed(self, name: str) -> tuple[int, ...]:
         """A load has failed, and nothing of the model is left. Returns whom that concerns: those who wait now. The next
@@ -371,14 +376,17 @@ class Residence:
     def share(self, name: str) -> float:
         """KV of one model. What the largest models that fit together leave of the budget is divided evenly among all
         models, in memory or not, so that the KV of those that are not can stay; what one of them cannot use goes to the
-        others, and each has at least what one request of full length needs."""
+        others, and each has at least what one request of full length needs. Some is left to no one: a process that is
+        larger than last time takes that, and not KV that was kept."""
         sizes = sorted((model.sizes for model in self._models.values()), key=lambda one: -one.fixed)
         least = sum(one.kv_least for one in sizes)
-        fixed = sizes[0].fixed
+        fixed, spare = sizes[0].fixed, sizes[0].spare
         for one in sizes[1:]:
             if fixed + one.fixed + least <= self.budget:
-                fixed += one.fixed
-        left, wanting, even = self.budget - fixed, len(sizes), 0.0
+                fixed, spare = fixed + one.fixed, spare + one.spare
+        left = self.budget - fixed
+        left -= min(spare, max(0, left - least))
+        wanting, even = len(sizes), 0.0
         for one in sorted(sizes, key=lambda one: one.kv_wanted):
             even = left / wanting
             left -= min(even, one.kv_wanted)
