@@ -9,33 +9,20 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli.plan.fit import MODEL_HELP
-from headrace.cli.plan.out import add_files, give, say, within
-from headrace.core import config
-from headrace.core.config import BadSetting, EngineSettings
+from headrace.cli.plan.out import question, say, within
+from headrace.core.config import BadSetting
 
 if TYPE_CHECKING:
     from headrace.sim.plan.answer import Answer
 
 
 def add(questions: Any) -> None:
-    from headrace.cli import Formatter
-    from headrace.workload.settings import WorkloadSettings
+    question(questions, "elastic", "replicas that come and go: cold starts and cost", __doc__, _own, _found)
 
-    parser = questions.add_parser(
-        "elastic",
-        help="replicas that come and go: cold starts and cost",
-        description=__doc__,
-        formatter_class=Formatter,
-    )
-    parser.add_argument("model", nargs="?", default="llama-3.1-8b", help=MODEL_HELP + " (default: llama-3.1-8b)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file: [engine], [workload]")
-    group = parser.add_argument_group("elastic")
-    group.add_argument("--device", default="H100-SXM", metavar="HW", help="of one replica (default: H100-SXM)")
-    group.add_argument("--weights", default="bf16", help="format of the weights (default: bf16)")
+
+def _own(group: Any) -> None:
     group.add_argument("--most", type=int, default=2, metavar="N", help="replicas at a time (default: 2)")
     group.add_argument("--per-replica", type=float, default=16.0, metavar="X", help="requests one should have (16)")
     group.add_argument(
@@ -44,14 +31,6 @@ def add(questions: Any) -> None:
     group.add_argument("--process-s", type=float, default=6.0, metavar="S", help="container, imports, contexts (6)")
     group.add_argument("--warm-s", type=float, default=4.0, metavar="S", help="memory for KV, first step (4)")
     group.add_argument("--attain", type=float, default=0.99, metavar="X", help="share that must keep --slo (0.99)")
-    add_files(group)
-    for settings in (WorkloadSettings, EngineSettings):
-        config.add_flags(parser, settings)
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    return give(args, lambda: _found(args))
 
 
 def _found(args: argparse.Namespace) -> Answer:

@@ -9,40 +9,22 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli.plan.fit import MODEL_HELP
-from headrace.cli.plan.out import add_files, give, say
-from headrace.core import config
-from headrace.core.config import BadSetting, EngineSettings
+from headrace.cli.plan.out import question, say
+from headrace.core.config import BadSetting
 
 if TYPE_CHECKING:
     from headrace.sim.plan.answer import Answer
 
 
 def add(questions: Any) -> None:
-    from headrace.cli import Formatter
-    from headrace.workload.settings import WorkloadSettings
+    question(questions, "pools", "how many replicas for a rate, in one pool or two", __doc__, _own, _found)
 
-    parser = questions.add_parser(
-        "pools", help="how many replicas for a rate, in one pool or two", description=__doc__, formatter_class=Formatter
-    )
-    parser.add_argument("model", nargs="?", default="llama-3.1-8b", help=MODEL_HELP + " (default: llama-3.1-8b)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file: [engine], [workload]")
-    group = parser.add_argument_group("pools")
-    group.add_argument("--device", default="H100-SXM", metavar="HW", help="of one replica (default: H100-SXM)")
-    group.add_argument("--weights", default="bf16", help="format of the weights (default: bf16)")
+
+def _own(group: Any) -> None:
     group.add_argument("--rate", type=float, metavar="X", help="requests per second, if not those of the traffic")
     group.add_argument("--attain", type=float, default=0.99, metavar="X", help="share that must keep --slo (0.99)")
-    add_files(group)
-    for settings in (WorkloadSettings, EngineSettings):
-        config.add_flags(parser, settings)
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    return give(args, lambda: _found(args))
 
 
 def _found(args: argparse.Namespace) -> Answer:

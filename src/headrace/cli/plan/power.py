@@ -13,30 +13,31 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli.plan.fit import MODEL_HELP
-from headrace.cli.plan.out import add_files, give, within
-from headrace.core import config
-from headrace.core.config import BadSetting, EngineSettings
+from headrace.cli.plan.out import question, within
+from headrace.core.config import BadSetting
 
 if TYPE_CHECKING:
     from headrace.sim.plan.answer import Answer
 
 
 def add(questions: Any) -> None:
-    from headrace.cli import Formatter
-    from headrace.workload.settings import WorkloadSettings
-
-    parser = questions.add_parser(
-        "power", help="how many more servers under a power budget", description=__doc__, formatter_class=Formatter
+    question(
+        questions,
+        "power",
+        "how many more servers under a power budget",
+        __doc__,
+        _own,
+        _found,
+        model="llama-2-70b",
+        device="8xA100-80GB",
+        of="of one server",
+        plan=False,
     )
-    parser.add_argument("model", nargs="?", default="llama-2-70b", help=MODEL_HELP + " (default: llama-2-70b)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file: [engine], [workload]")
-    group = parser.add_argument_group("power")
-    group.add_argument("--device", default="8xA100-80GB", metavar="HW", help="of one server (default: 8xA100-80GB)")
-    group.add_argument("--weights", default="bf16", help="format of the weights (default: bf16)")
+
+
+def _own(group: Any) -> None:
     group.add_argument("--servers", type=int, default=40, metavar="N", help="of the row, as provisioned (default: 40)")
     group.add_argument("--extra", default="10,20,30,40,50", metavar="LIST", help="per cent more (10,20,30,40,50)")
     group.add_argument(
@@ -46,14 +47,6 @@ def add(questions: Any) -> None:
         "--rest-w", type=float, default=1400.0, metavar="W", help="of a server beside its devices (1400)"
     )
     group.add_argument("--processes", type=int, metavar="N", help="processor cores to use (default: all)")
-    add_files(group, plan=False)
-    for settings in (WorkloadSettings, EngineSettings):
-        config.add_flags(parser, settings)
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    return give(args, lambda: _found(args))
 
 
 def _found(args: argparse.Namespace) -> Answer:

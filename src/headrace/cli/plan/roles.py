@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli.plan.fit import MODEL_HELP
-from headrace.cli.plan.out import add_files, give, say, within
-from headrace.core import config
-from headrace.core.config import BadSetting, EngineSettings
+from headrace.cli.plan.out import question, say, within
+from headrace.core.config import BadSetting
 
 if TYPE_CHECKING:
     from headrace.sim.plan.answer import Answer
@@ -26,33 +23,25 @@ REQUESTS = 400  # more than run side by side on an instance, or its queue never 
 
 
 def add(questions: Any) -> None:
-    from headrace.cli import Formatter
-    from headrace.workload.settings import WorkloadSettings
+    question(
+        questions,
+        "roles",
+        "prompts and answers on replicas of their own?",
+        __doc__,
+        _own,
+        _found,
+        device="8xH100-SXM",
+        of="one node; instances are parts of it",
+    )
 
-    parser = questions.add_parser(
-        "roles", help="prompts and answers on replicas of their own?", description=__doc__, formatter_class=Formatter
-    )
-    parser.add_argument("model", nargs="?", default="llama-3.1-8b", help=MODEL_HELP + " (default: llama-3.1-8b)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file: [engine], [workload]")
-    group = parser.add_argument_group("roles")
-    group.add_argument(
-        "--device", default="8xH100-SXM", metavar="HW", help="one node; instances are parts of it (default: 8xH100-SXM)"
-    )
-    group.add_argument("--weights", default="bf16", help="format of the weights (default: bf16)")
+
+def _own(group: Any) -> None:
     group.add_argument("--link", metavar="NAME", help="KV's way between instances; by default the node's fabric")
     group.add_argument("--rate", type=float, metavar="X", help="requests per second to serve: says how many of each")
     group.add_argument("--attain", type=float, default=0.9, metavar="X", help="share within each promise (0.9)")
     group.add_argument(
         "--published", action="store_true", help="OPT-13B on A100-80GB by the coefficients of DistServe's artifact"
     )
-    add_files(group)
-    for settings in (WorkloadSettings, EngineSettings):
-        config.add_flags(parser, settings)
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    return give(args, lambda: _found(args))
 
 
 def _found(args: argparse.Namespace) -> Answer:
