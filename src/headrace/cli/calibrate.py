@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -218,6 +217,8 @@ def report(calibration: Calibration) -> str:
 
 
 def _versions() -> dict[str, str]:
+    from importlib.metadata import version  # 25 ms, which every command would pay for
+
     return {"headrace": headrace.__version__, "python": platform.python_version(), "torch": version("torch")}
 
 
