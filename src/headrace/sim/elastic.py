@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from headrace.cluster.router import least_requests
@@ -20,10 +20,11 @@ from headrace.cluster.scaling import Scaling
 from headrace.cluster.view import ReplicaView
 from headrace.core import clock
 from headrace.core.events import Event, Finished
-from headrace.core.types import InvalidRequest, Overloaded, RequestId
+from headrace.core.types import RequestId
+from headrace.sim.course import Course, request, stopped
 from headrace.sim.run import Replica, Site, seldom_collected
 from headrace.sim.stats import COMPLETED
-from headrace.workload.arrival import Arrival, traffic
+from headrace.workload.arrival import Arrival
 
 ROUNDING_S = 1e-6  # sums of times
 
@@ -61,36 +62,31 @@ def served(arrivals: Sequence[Arrival], site: Site, rule: Scaling, cold_s: float
 
 class _Run:
     def __init__(self, arrivals: Sequence[Arrival], site: Site, rule: Scaling, cold_s: float) -> None:
-        self.lengths: dict[RequestId, int] = {}
+        self._course = Course(arrivals)
+        self.lengths = self._course.lengths
         self._arrivals, self._site, self._rule, self._cold_s = arrivals, site, rule, cold_s
         self._members: dict[int, _Member] = {}
         self._door: deque[int] = deque()
         self._where: dict[RequestId, int] = {}
         self._numbers = 0  # replicas so far
-        self._open = len(arrivals)
+        self._leaving: list[asyncio.Task[None]] = []
         self._found = Served()
-        self._error: Exception | None = None
 
     async def run(self) -> Served:
-        self._done, self._loop = asyncio.Event(), asyncio.get_running_loop()
         for _ in range(self._rule.least):
             self._start(0.0)
-        first_s = self._arrivals[0].at_s or 0.0
-        self._loop.call_at(first_s, self._guarded, self._arrive, 0)
-        await self._done.wait()
+        self._course.begin(self._arrive)
+        await self._course.over()
         end_s = clock.now()
         self._found.span_s = end_s
-        for number in list(self._members):
-            await self._stopped(self._leave(number, end_s))
-        if self._error is not None:
-            raise self._error
+        await stopped([self._leave(number, end_s).serving for number in list(self._members)])
+        await asyncio.gather(*self._leaving)
+        self._course.check()
         return self._found
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def _arrive(self, number: int) -> None:
-        if number + 1 < len(self._arrivals):
-            self._loop.call_at(self._arrivals[number + 1].at_s or 0.0, self._guarded, self._arrive, number + 1)
         now = clock.now()
         self._found.cold += not any(one.ready_s <= now for one in self._members.values())
         self._door.append(number)
@@ -109,28 +105,22 @@ class _Run:
 
     def ended(self, request_id: RequestId) -> None:
         del self.lengths[request_id]
-        self._loop.call_soon(self._guarded, self._free, self._where.pop(request_id))
+        self._course.soon(self._free, self._where.pop(request_id))
 
     def stop(self, error: Exception) -> None:
-        self._error = self._error or error
-        self._done.set()
+        self._course.stop(error)
 
     def _free(self, number: int) -> None:
         member = self._members.get(number)
         if member is not None and not member.replica.requests:
             self._rest(number, member)
-        self._close()
+        self._course.close()
         self._settle()
 
     def _rest(self, number: int, member: _Member) -> None:
         member.idle_since_s = clock.now()
         if self._rule.keep_alive_s < 1e12:
-            self._loop.call_later(self._rule.keep_alive_s, self._guarded, self._settle)
-
-    def _close(self) -> None:
-        self._open -= 1
-        if not self._open:
-            self._done.set()
+            self._course.at(member.idle_since_s + self._rule.keep_alive_s, self._settle)
 
     # -- replicas ------------------------------------------------------------------------------------------------------
 
@@ -152,32 +142,27 @@ class _Run:
             self._send(self._door.popleft(), ready)
             ready = [view for view in self._views() if view.ready]
         for number in self._rule.stops(self._views()):
-            self._loop.create_task(self._stopped(self._leave(number, clock.now())))
+            self._leaving.append(asyncio.create_task(stopped([self._leave(number, clock.now()).serving])))
         for _ in range(self._rule.starts(len(self._door), self._views())):
             self._start(self._cold_s)
 
     def _send(self, number: int, ready: Sequence[ReplicaView]) -> None:
-        size, most, name = self._site.capacity.block_tokens, self._site.max_new_tokens, str(number)
-        arrival = self._arrivals[number]
-        sent = traffic(arrival, name, now_s=clock.now(), block_tokens=size, max_new_tokens=most)
-        to = least_requests(number, sent.request, ready)
-        self.lengths[name], self._where[name] = sent.output_tokens, to
-        try:
-            self._members[to].replica.engine.submit(sent.request)
-        except (InvalidRequest, Overloaded):
-            del self.lengths[name], self._where[name]
+        sent = request(self._arrivals[number], str(number), self._site)
+        to = self._where[sent.request.id] = least_requests(number, sent.request, ready)
+        if not self._course.send(self._members[to].replica, sent):
+            del self._where[sent.request.id]
             self._found.refused += 1
-            self._close()
+            self._course.close()
 
     def _start(self, cold_s: float) -> None:
         number, now = self._numbers, clock.now()
         self._numbers += 1
         replica = Replica(number, self._site, self, self)
-        serving = self._loop.create_task(replica.engine.run())
+        serving = asyncio.create_task(replica.engine.run())
         self._members[number] = _Member(replica, now, now + cold_s, serving, now + cold_s)
         self._found.starts += cold_s > 0
         self._found.most = max(self._found.most, len(self._members))
-        self._loop.call_at(now + cold_s, self._guarded, self._ready, number)
+        self._course.at(now + cold_s, self._ready, number)
 
     def _ready(self, number: int) -> None:
         member = self._members.get(number)
@@ -189,14 +174,3 @@ class _Run:
         member = self._members.pop(number)
         self._found.paid_s += at_s - member.since_s
         return member
-
-    async def _stopped(self, member: _Member) -> None:
-        await clock.sleep(1.0)  # its executor hears whom to forget
-        member.serving.cancel()
-        await asyncio.gather(member.serving, return_exceptions=True)
-
-    def _guarded(self, call: Callable[..., None], *args: object) -> None:
-        try:
-            call(*args)
-        except Exception as error:
-            self.stop(error)

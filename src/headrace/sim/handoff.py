@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,13 +22,14 @@ from headrace.cluster.roles import accepts, decode_of, prefill_of
 from headrace.cluster.view import ReplicaView
 from headrace.core import clock
 from headrace.core.events import Admitted, Decoded, Drew, Event, Finished, Preempted
-from headrace.core.types import InvalidRequest, Overloaded, RequestId
+from headrace.core.types import RequestId
 from headrace.sim.cost.batch import Batch, CostModel, Line, Spans, StepCost
+from headrace.sim.course import Course, request, stopped
 from headrace.sim.gaps import Gaps
 from headrace.sim.hardware import Link
 from headrace.sim.run import Replica, Site, seldom_collected, simulate
 from headrace.sim.stats import COMPLETED
-from headrace.workload.arrival import Arrival, Stretch, traffic
+from headrace.workload.arrival import Arrival, Stretch
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,8 @@ class Handoff:
     """One run. Requests are called by a letter, p or d, and their number."""
 
     def __init__(self, arrivals: Sequence[Arrival], apart: Apart) -> None:
-        self.lengths: dict[RequestId, int] = {}
+        self._course = Course(arrivals)
+        self.lengths = self._course.lengths
         self.lives: list[Life] = []
         self.most_held = 0  # blocks of KV that lay on one prefill replica at most
         self._arrivals, self._apart = arrivals, apart
@@ -155,21 +157,13 @@ class Handoff:
         self._offers: deque[int] = deque()  # whose KV nobody has pulled
         self._at: dict[int, int] = {}  # where it is, of a prompt and later of an answer
         self._first_s: dict[int, float] = {}
-        self._open = len(arrivals)
-        self._error: Exception | None = None
 
     async def run(self) -> list[Life]:
-        self._done, self._loop = asyncio.Event(), asyncio.get_running_loop()
         serving = [asyncio.create_task(one.engine.run()) for one in (*self._prefill, *self._decode)]
-        if self._arrivals:
-            self._loop.call_at(self._arrivals[0].at_s or 0.0, self._guarded, self._arrive, 0)
-            await self._done.wait()
-            await clock.sleep(1.0)  # every executor hears whom to forget
-        for task in serving:
-            task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)
-        if self._error is not None:
-            raise self._error
+        self._course.begin(self._arrive)
+        await self._course.over()
+        await stopped(serving)
+        self._course.check()
         return self.lives
 
     # -- what replicas tell --------------------------------------------------------------------------------------------
@@ -180,14 +174,13 @@ class Handoff:
             self._promised[self._at[number]] -= self._blocks(number)
 
     def finished(self, event: Finished, longest_s: float) -> None:
-        self._loop.call_soon(self._guarded, self._finished, event, longest_s)
+        self._course.soon(self._finished, event, longest_s)
 
     def ended(self, request_id: RequestId) -> None:
         del self.lengths[request_id]
 
     def stop(self, error: Exception) -> None:
-        self._error = self._error or error
-        self._done.set()
+        self._course.stop(error)
 
     def _finished(self, event: Finished, longest_s: float) -> None:
         number, arrival = int(event.request_id[1:]), self._arrivals[int(event.request_id[1:])]
@@ -214,8 +207,6 @@ class Handoff:
 
     def _arrive(self, number: int) -> None:
         self._door.append(number)
-        if number + 1 < len(self._arrivals):
-            self._loop.call_at(self._arrivals[number + 1].at_s or 0.0, self._guarded, self._arrive, number + 1)
         self._settle()
 
     def _settle(self) -> None:
@@ -257,7 +248,7 @@ class Handoff:
         self._held[at] += blocks
         self.most_held = max(self.most_held, self._held[at])
         arrival = replace(self._arrivals[number], output_tokens=1, max_new_tokens=1)
-        if not self._submit(self._prefill[at], self._apart.prefill, f"p{number}", arrival):
+        if not self._course.send(self._prefill[at], request(arrival, f"p{number}", self._apart.prefill)):
             self._release(number)
             self._close(None)
 
@@ -268,13 +259,13 @@ class Handoff:
         nbytes = self._apart.kv_bytes_per_token * self._arrivals[number].prompt_tokens
         self._free_s[to] = max(clock.now(), self._free_s[to]) + nbytes / self._apart.link.bytes_per_s
         there_s = self._free_s[to] + self._apart.link.latency_s
-        self._loop.call_at(there_s, self._guarded, self._pulled, number, to, blocks)
+        self._course.at(there_s, self._pulled, number, to, blocks)
 
     def _pulled(self, number: int, to: int, blocks: int) -> None:
         self._release(number)
         self._at[number] = to
         self._coming[to] -= 1
-        if not self._submit(self._decode[to], self._apart.decode, f"d{number}", self._continued(number)):
+        if not self._course.send(self._decode[to], request(self._continued(number), f"d{number}", self._apart.decode)):
             self._promised[to] -= blocks
             self._close(None)
         self._settle()
@@ -285,17 +276,6 @@ class Handoff:
         tokens = arrival.output_tokens - 1
         prompt = (Stretch(arrival.prompt_tokens + 1),)
         return replace(arrival, prompt=prompt, output_tokens=tokens, max_new_tokens=tokens)
-
-    def _submit(self, replica: Replica, site: Site, name: RequestId, arrival: Arrival) -> bool:
-        size = site.capacity.block_tokens
-        sent = traffic(arrival, name, now_s=clock.now(), block_tokens=size, max_new_tokens=site.max_new_tokens)
-        self.lengths[name] = sent.output_tokens
-        try:
-            replica.engine.submit(sent.request)
-        except (InvalidRequest, Overloaded):
-            del self.lengths[name]
-            return False
-        return True
 
     # -- books ---------------------------------------------------------------------------------------------------------
 
@@ -308,17 +288,9 @@ class Handoff:
     def _close(self, life: Life | None) -> None:
         if life is not None:
             self.lives.append(life)
-        self._open -= 1
-        if not self._open:
-            self._done.set()
+        self._course.close()
 
     def check(self) -> None:
         """Nothing is held, promised or under way when all is over. Raises AssertionError."""
         assert not any((*self._held, *self._promised, *self._coming)), "KV was lost"
         assert not self._door and not self._offers and not self.lengths
-
-    def _guarded(self, call: Callable[..., None], *args: object) -> None:
-        try:
-            call(*args)
-        except Exception as error:
-            self.stop(error)

@@ -11,17 +11,18 @@ Owns the meter and the clocks. A tick sees the mean of the last `TICK_S` seconds
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from headrace.cluster.power import BRAKE_S, BRAKED, COMMAND_S, FREE, Caps, next_caps
 from headrace.core import clock
 from headrace.core.events import Event, Finished, StepDone
-from headrace.core.types import FinishReason, InvalidRequest, Overloaded, RequestId
+from headrace.core.types import FinishReason, RequestId
 from headrace.sim.cost.clocked import Clocked
+from headrace.sim.course import Course, request, stopped
 from headrace.sim.run import Replica, Site, seldom_collected
 from headrace.sim.stats import COMPLETED
-from headrace.workload.arrival import Arrival, traffic
+from headrace.workload.arrival import Arrival
 
 TICK_S = 2.0  # of telemetry
 STEPS = 8  # decode steps a plan may stand for: a clock takes effect within so many
@@ -67,7 +68,8 @@ def drawn(arrivals: Sequence[Arrival], row: Row) -> Drawn:
 
 class _Run:
     def __init__(self, arrivals: Sequence[Arrival], row: Row) -> None:
-        self.lengths: dict[RequestId, int] = {}
+        self._course = Course(arrivals)
+        self.lengths = self._course.lengths
         self._arrivals, self._row, self._found = arrivals, row, Drawn()
         self._clocks = [Clocked(row.site.cost, row.static_w) for _ in range(row.servers)]
         capacity = replace(row.site.capacity, steps=STEPS)
@@ -79,48 +81,30 @@ class _Run:
         self._read = 0  # ticks that were
         self._caps = self._asked = FREE
         self._order = self._braked = 0  # of commands, and of the last brake: it is quicker than those before it
-        self._open = len(arrivals)
-        self._error: Exception | None = None
 
     async def run(self) -> Drawn:
-        self._done, self._loop = asyncio.Event(), asyncio.get_running_loop()
         serving = [asyncio.create_task(one.engine.run()) for one in self._servers]
-        self._loop.call_at(self._arrivals[0].at_s or 0.0, self._guarded, self._arrive, 0)
-        self._loop.call_at(TICK_S, self._guarded, self._tick, 0)
-        await self._done.wait()
-        await clock.sleep(1.0)  # every executor hears whom to forget
-        for task in serving:
-            task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)
-        if self._error is not None:
-            raise self._error
+        self._course.begin(self._arrive)
+        self._course.at(TICK_S, self._tick, 0)
+        await self._course.over()
+        await stopped(serving)
+        self._course.check()
         return self._found
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def _arrive(self, number: int) -> None:
-        arrival = self._arrivals[number]
-        if number + 1 < len(self._arrivals):
-            self._loop.call_at(self._arrivals[number + 1].at_s or 0.0, self._guarded, self._arrive, number + 1)
-        site, server = self._row.site, self._servers[number % self._row.servers]
-        size, most = site.capacity.block_tokens, site.max_new_tokens
-        sent = traffic(arrival, str(number), now_s=clock.now(), block_tokens=size, max_new_tokens=most)
-        self.lengths[str(number)] = sent.output_tokens
-        try:
-            server.engine.submit(sent.request)
-        except (InvalidRequest, Overloaded):
+        server = self._servers[number % self._row.servers]
+        if not self._course.send(server, request(self._arrivals[number], str(number), self._row.site)):
             self._found.lost += 1
-            self.ended(str(number))
+            self._course.close()
 
     def ended(self, request_id: RequestId) -> None:
         del self.lengths[request_id]
-        self._open -= 1
-        if not self._open:
-            self._done.set()
+        self._course.close()
 
     def stop(self, error: Exception) -> None:
-        self._error = self._error or error
-        self._done.set()
+        self._course.stop(error)
 
     def finished(self, server: int, event: Finished) -> None:
         if event.reason in COMPLETED:
@@ -154,8 +138,8 @@ class _Run:
         found.over += share > 1
         if row.control:
             self._command(next_caps(share, self._asked))
-        if self._open:
-            self._loop.call_at((at + 2) * TICK_S, self._guarded, self._tick, at + 1)
+        if self._course.going:
+            self._course.at((at + 2) * TICK_S, self._tick, at + 1)
 
     def _command(self, caps: Caps) -> None:
         if caps == self._asked:
@@ -165,7 +149,7 @@ class _Run:
         self._order += 1
         late_s = BRAKE_S if caps == BRAKED else COMMAND_S
         self._braked = self._order if caps == BRAKED else self._braked
-        self._loop.call_at(clock.now() + late_s, self._guarded, self._turn, self._order, caps)
+        self._course.at(clock.now() + late_s, self._turn, self._order, caps)
 
     def _turn(self, order: int, caps: Caps) -> None:
         if order < self._braked:
@@ -173,12 +157,6 @@ class _Run:
         self._caps = caps
         for at, one in enumerate(self._clocks):
             one.mhz = caps.low_mhz if at < self._row.low else caps.high_mhz
-
-    def _guarded(self, call: Callable[..., None], *args: object) -> None:
-        try:
-            call(*args)
-        except Exception as error:
-            self.stop(error)
 
 
 class _Meter:
