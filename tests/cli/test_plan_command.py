@@ -87,8 +87,7 @@ def test_a_mix_of_a_measured_table(capsys: pytest.CaptureFixture[str], tmp_path:
 
 def test_roles_by_published_coefficients(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "roles.json"
-    words = ["--requests", "20", "--arrivals", "poisson:1", "--lengths", "64:512,4:16"]
-    words += ["--slo", "ttft=0.4,tpot=0.1", "--json", str(out)]
+    words = ["--requests", "30", "--arrivals", "poisson:1", "--slo", "ttft=0.4,tpot=0.1", "--json", str(out)]
     assert plan("roles", "--published", *words, "--show-work") == 0
     printed = capsys.readouterr().out
     assert printed.startswith(("APART", "TOGETHER")) and "Work:" in printed

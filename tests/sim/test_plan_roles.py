@@ -22,7 +22,18 @@ from headrace.sim.handoff import Apart, Handoff, Life, Pulled, lives_apart
 from headrace.sim.hardware import Link, link
 from headrace.sim.models import model
 from headrace.sim.plan.pools import NoFleet
-from headrace.sim.plan.roles import Instance, Phase, Promise, at_rate, best, decode_rate, goodput, prefill_rate, roles
+from headrace.sim.plan.roles import (
+    Instance,
+    Phase,
+    Promise,
+    Roles,
+    at_rate,
+    best,
+    decode_rate,
+    goodput,
+    prefill_rate,
+    roles,
+)
 from headrace.sim.plan.roles_told import answer
 from headrace.sim.run import Site
 from headrace.workload.arrival import Arrival, Stretch
@@ -151,3 +162,13 @@ def test_what_cannot_be_promised_is_said() -> None:
         roles(ASKED[:20], [instance(1)], Promise(0.001, 0.001))
     with pytest.raises(BadSetting, match="arrivals"):
         at_rate([Arrival(None, (Stretch(9),), 3)], 1.0)
+
+
+def test_what_holds_at_every_rate_is_said() -> None:
+    """It is the end of the search, and no goodput."""
+    most = goodput(lambda rate: True)
+    for rate, endless in ((most, True), (most / 2, False)):
+        both = Phase("both", 1, (rate, rate))
+        found = Roles(Promise(1.0, 1.0), (both,), None, None, None, None, both)
+        assert found.endless is endless
+        assert any("NOT TO BE RELIED ON" in line for line in answer(found, "x", None).sure) is endless

@@ -28,6 +28,7 @@ ROUNDS = 4
 WAVES = 4
 DRAW = 0.95  # goodputs are found to a twentieth
 FIRST = 2.0  # requests per second that are tried first
+MOST = 1000  # times that: nobody looks further
 METRICS = ("mean", "longest")
 
 
@@ -103,6 +104,11 @@ class Roles:
     rate: float | None  # requests per second that are to be served
     needed: tuple[int, int] | None  # instances for them
     together: Phase  # the best of one role, by the mean
+
+    @property
+    def endless(self) -> bool:
+        """Whether something held at every rate that was tried, so that nobody knows how much it can."""
+        return any(rate >= DRAW * MOST * FIRST for one in self.phases for rate in one.rates)
 
     @property
     def pays(self) -> tuple[float, ...]:
@@ -252,13 +258,13 @@ def at_rate(asked: Sequence[Arrival], rate: float) -> list[Arrival]:
 
 
 def goodput(holds: Callable[[float], bool], first: float = FIRST, rounds: int = ROUNDS) -> float:
-    """The highest rate that holds, to a twentieth; 0 where not even a thousandth of `first` does. Doubles or halves
-    from `first` to a rate that holds and one that does not, then halves the logarithm between them."""
+    """The highest rate that holds, to a twentieth, up to MOST times `first`; 0 where not even that part does.
+    Doubles or halves from `first` to a rate that holds and one that does not, then halves the logarithm between."""
     low, high = 0.0, first
-    while high < 1000 * first and holds(high):
+    while high < MOST * first and holds(high):
         low, high = high, 2 * high
     while not low:
-        if high / 2 < first / 1000:
+        if high / 2 < first / MOST:
             return 0.0
         low, high = (high / 2, high) if holds(high / 2) else (0.0, high / 2)
     for _ in range(rounds):

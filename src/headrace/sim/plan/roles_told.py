@@ -15,7 +15,7 @@ from headrace.sim.hardware import Link
 from headrace.sim.models import model
 from headrace.sim.plan.answer import Answer, Part
 from headrace.sim.plan.files import plan_file
-from headrace.sim.plan.roles import METRICS, Instance, Phase, Roles
+from headrace.sim.plan.roles import FIRST, METRICS, MOST, Instance, Phase, Roles
 from headrace.sim.plan.space import divisors
 from headrace.sim.run import Site
 from headrace.sim.scenario import KVS, Scenario, parse_hardware, placement
@@ -77,6 +77,7 @@ def answer(found: Roles, subject: str, scenario: Scenario | None) -> Answer:
         "phases": [asdict(one) for one in found.phases],
         "apart": None if found.apart is None else asdict(found.apart),
         "instances_for_rate": found.needed,
+        "held_at_every_rate": found.endless,
         "apart_over_together_per_device": dict(zip(METRICS, found.pays, strict=True)),
         "apart_per_device_on_a_tenth_of_the_link": found.slow_link,
     }
@@ -175,6 +176,11 @@ def _sure(found: Roles, is_published: bool) -> Iterator[str]:
     if found.apart and found.slow_link is not None:
         kept = found.slow_link / found.apart.per_device(0) if found.apart.per_device(0) else 0.0
         yield f"With a tenth of the link's bandwidth the placement keeps {kept:.0%} of its goodput."
+    if found.endless:
+        yield (
+            f"NOT TO BE RELIED ON: some sizes kept the promises at every rate up to {MOST * FIRST:,.0f} requests/s."
+            " The requests are over before a queue forms; ask with more --requests or longer --lengths."
+        )
     yield "Goodputs are found to 5 %; a ratio between 0.9 and 1.1 is a draw, and so within 10 % of anything."
     yield "Preempted decodes and prefix caches of prefill instances are not modelled."
 
