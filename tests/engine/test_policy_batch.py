@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from engine_rig import Rig, make_request
 from policy_views import View, arriving, play
 
@@ -317,9 +318,9 @@ def test_filler_comes_after_all_others_whenever_it_came() -> None:
     rig.drain()
 
 
-def first_tokens(preemption: str) -> tuple[int, int]:
+def first_tokens(ordering: str, preemption: str) -> tuple[int, int]:
     """After how many steps an urgent request draws that came while a long prompt was begun, and the long one."""
-    rig = Rig(256, 8, block_tokens=16, context=400, ordering="priority", preemption=preemption)
+    rig = Rig(256, 8, block_tokens=16, context=400, ordering=ordering, preemption=preemption)
     rig.add(make_request("long", prompt(300, 1), 2, 16))
     steps(rig, 2)
     rig.add(make_request("urgent", prompt(20, 2), 2, 16, priority=3, arrival_s=rig.now))
@@ -333,8 +334,23 @@ def first_tokens(preemption: str) -> tuple[int, int]:
     return after["urgent"], after["long"]
 
 
-def test_who_may_displace_others_overtakes_the_prompts_they_have_begun() -> None:
+@pytest.mark.parametrize("preemption", ["priority", "swap", "last-arrived"])
+def test_who_precedes_others_overtakes_the_prompts_they_have_begun(preemption: str) -> None:
     """Twenty tokens in steps of eight are three steps; behind the long prompt it would be its thirty-six and more."""
-    assert first_tokens("priority") == first_tokens("swap") == (3, 39)
-    waited, _ = first_tokens("last-arrived")
+    assert first_tokens("priority", preemption) == (3, 39)
+    waited, _ = first_tokens("fcfs", preemption)
     assert waited > 30
+
+
+def test_only_those_behind_are_overtaken() -> None:
+    """Of three urgent prompts, those that come later wait for the first, which has begun; all overtake the long one."""
+    rig = Rig(256, 8, block_tokens=16, context=400, ordering="priority")
+    rig.add(make_request("long", prompt(300, 1), 2, 16))
+    steps(rig, 1)
+    for number in range(3):
+        rig.add(make_request(f"urgent{number}", prompt(20, number + 2), 2, 16, priority=3, arrival_s=rig.now))
+        steps(rig, 1)
+    rig.drain()
+    urgent = [work.request_id for plan in rig.plans for work in plan.others if work.request_id != "long"]
+    assert urgent == sorted(urgent) and len(set(urgent)) == 3
+    assert [one.request_id for one in rig.recorder.of(events.Finished)] == [*dict.fromkeys(urgent), "long"]

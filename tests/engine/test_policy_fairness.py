@@ -13,7 +13,15 @@ from headrace.core import events
 from headrace.core.config import EngineSettings
 from headrace.core.step import Decode, Run
 from headrace.core.types import FinishReason, HeadraceError, Usage
-from headrace.engine.policies.fairness import OUTPUT_COST, QUANTUM, DeficitRoundRobin, Tenants, TokenCounter, weights_of
+from headrace.engine.policies.fairness import (
+    OUTPUT_COST,
+    QUANTUM,
+    SAVED,
+    DeficitRoundRobin,
+    Tenants,
+    TokenCounter,
+    weights_of,
+)
 
 
 def arrive(policy: TokenCounter | DeficitRoundRobin, name: str, tenant: str, prompt: int = 100) -> None:
@@ -118,6 +126,45 @@ def test_vtc_lifts_who_was_away_and_charges_no_recomputation() -> None:
     arrive(policy, "a2", "a")
     arrive(policy, "c1", "c")
     assert policy.counter("c") == 500  # the least of those who wait
+
+
+def test_vtc_lets_a_tenant_save_a_little() -> None:
+    """What is not asked for is kept up to SAVED, and what is asked for is taken from it."""
+    policy = TokenCounter(EngineSettings())
+    arrive(policy, "b1", "b")
+    start(policy, "b1")
+    end(policy, "b1")
+    for number, size in enumerate((SAVED, SAVED, 10)):
+        arrive(policy, f"a{number}", "a", size)
+        start(policy, f"a{number}")
+    arrive(policy, "a3", "a")
+    arrive(policy, "b2", "b", 700)
+    assert policy.counter("a") == 2 * SAVED + 110 and policy.counter("b") == SAVED + 110
+    start(policy, "b2")
+    arrive(policy, "b3", "b")
+    assert policy.counter("b") == SAVED + 810  # it has a thousand and more left
+
+
+def begun_together(ordering: str) -> tuple[float, int]:
+    """Two tenants with prompts of many steps and somebody waiting all the time: Jain's index of what they were served,
+    and how many prompts were under way at once at most."""
+    rig = Rig(256, 8, ordering=ordering, max_queue_requests=10**6)
+    for number in range(40):
+        rig.add(make_request(str(number), [number] * 40, 4, tenant="ab"[number % 2]))
+    computed: Counter[str] = Counter()
+    most = 0
+    for _ in range(100):
+        rig.step()
+        computed.update({work.request_id: work.tokens for work in rig.plans[-1].others})
+        most = max(most, sum(tokens < 40 for tokens in computed.values()))
+    served = costs(rig, rig.now)
+    return sum(served.values()) ** 2 / (2 * sum(cost**2 for cost in served.values())), most
+
+
+@pytest.mark.parametrize("ordering", ["vtc", "drr"])
+def test_prompts_that_have_begun_are_not_overtaken_by_their_like(ordering: str) -> None:
+    jain, most = begun_together(ordering)
+    assert jain > 0.95 and most <= 3
 
 
 def test_drr_takes_turns_by_quantum() -> None:

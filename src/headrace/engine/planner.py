@@ -11,6 +11,7 @@ from headrace.core import events
 from headrace.core.ports import Observer
 from headrace.core.step import Admitted, Beat, Block, Run, Work
 from headrace.core.types import RequestId
+from headrace.engine.beats import by_order
 from headrace.engine.draft import Drafting
 from headrace.engine.lanes import EVERYBODY, Step
 from headrace.engine.memory import Memory
@@ -20,9 +21,12 @@ from headrace.engine.progress import Progress, State
 from headrace.engine.queue import Bounds, Lines
 
 
-def _ahead(some: Sequence[Progress], other: Progress) -> Sequence[Progress]:
-    """The first of some that are in order: those who precede another one."""
-    return list(takewhile(lambda one: one.order < other.order, some))
+def _overtaking(waiting: Sequence[Progress], prefilling: Sequence[Progress]) -> Sequence[Progress]:
+    """In order, all who prefill and those of the waiting who precede one of them; nobody if nobody does."""
+    if not (waiting and prefilling and waiting[0].order < prefilling[-1].order):
+        return ()
+    ahead = takewhile(lambda one: one.order < prefilling[-1].order, waiting)
+    return sorted([*prefilling, *ahead], key=by_order)
 
 
 # What a request took for its next tokens, as `Work` tells of it: (blocks appended to its table, blocks replaced in it).
@@ -68,8 +72,8 @@ class Planner:
             self._clear_the_way(step)
         prefilling = lines.prefilling.snapshot() if State.PREFILLING in step.serves else ()
         waiting = lines.waiting.snapshot() if State.WAITING in step.serves else ()
-        ahead = () if self._patient or not prefilling else _ahead(waiting, prefilling[-1])
-        view = BatchView(step.now, step.token_budget, step.decoding, prefilling, waiting, lines.fillers, ahead)
+        overtaking = _overtaking(waiting, prefilling)
+        view = BatchView(step.now, step.token_budget, step.decoding, prefilling, waiting, lines.fillers, overtaking)
         wishes = self._policies.batch(view)
         share = next(wishes, None)
         while share is not None:

@@ -16,9 +16,9 @@ _ALL = 1 << 40  # tokens: as many as there are
 
 def chunked(batch: BatchView) -> Generator[Share, int, None]:
     """Decodes first and always, then unfinished prefills, then new requests, under the token budget: a decode never
-    waits for a prompt, so the time between tokens is that of one budget (Sarathi-Serve's stall-free batching). Under a
-    preemption for those who wait, new requests overtake the prefills that they precede: else an urgent one would wait
-    for the longest prompt that somebody else has begun.
+    waits for a prompt, so the time between tokens is that of one budget (Sarathi-Serve's stall-free batching). New
+    requests overtake the prefills that they precede in the ordering: else an urgent one would wait for the longest
+    prompt that somebody else has begun.
 
     Filler is served behind all others, see `behind`; where there is none, nobody looks for it."""
     if batch.fillers:

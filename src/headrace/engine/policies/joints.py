@@ -92,7 +92,7 @@ class BatchView(NamedTuple):
     prefilling: Sequence[RequestView]  # running, with more to catch up
     waiting: Sequence[RequestView]  # not admitted, or preempted
     fillers: int = 0  # how many of all these are of the lowest priority level
-    overtaking: Sequence[RequestView] = ()  # of those who wait, who may displace somebody who is prefilling
+    overtaking: Sequence[RequestView] = ()  # who prefills and who waits and precedes one of them; empty: none of these
 
 
 class DraftView(NamedTuple):
