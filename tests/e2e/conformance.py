@@ -141,9 +141,16 @@ def _known(share: Share, session: requests.Session) -> Mapping[str, str]:
     if "{response_id}" in share.label:
         kept = session.post(f"{share.url}/v1/responses", json={"input": "a", "max_output_tokens": 1}, timeout=60)
         known["response_id"] = kept.json()["id"]
+    if share.label.endswith("/explain"):
+        asked = session.post(f"{share.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=60)
+        known["id"] = asked.json()["id"]
+    if "{file}" in share.label:
+        known["file"] = "page.css"
     if "{file_id}" in share.label or "batches" in share.label:
-        asked = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 1}}
-        form = {"file": ("in.jsonl", json.dumps(asked))}
+        body = {"prompt": "a", "max_tokens": 1}
+        many = 500 if share.label.endswith("/cancel") else 1  # so that there is something left to cancel
+        lines = [{"custom_id": str(at), "method": "POST", "url": "/v1/completions", "body": body} for at in range(many)]
+        form = {"file": ("in.jsonl", "\n".join(map(json.dumps, lines)))}
         kept = session.post(f"{share.url}/v1/files", files=form, data={"purpose": "batch"}, timeout=60)
         known |= dict.fromkeys(("file_id", "input_file_id"), kept.json()["id"])
     if "{batch_id}" in share.label:
