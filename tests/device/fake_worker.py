@@ -92,7 +92,7 @@ def load(
     if what.kv_fd is not None:
         os.pwrite(what.kv_fd, b"kept", 0)
     memory = Memory(0, 0, 64 * 16, 1 << 30, 16, 4, 100)
-    encoder = EncoderFacts(Encoding("fake", 4, 100, 100), "{}", 0)
+    encoder = EncoderFacts(Encoding("fake", 4, 100, 100, "bert"), "{}", 0)
     facts = LoadFacts(CAPACITY, memory, "fp32", "cpu", ((1, 0.001), (2, 0.002)), 0, "fp32", "none", encoder)
     executor: Any = Executor(folder)
     embedding: Any = Encoder()

@@ -19,7 +19,7 @@ LENGTHS = st.lists(st.integers(1, 300), max_size=50)
 class Recorder:
     """An encoder whose vectors are the ids as bytes, and which fails on id 13."""
 
-    encoding = Encoding("recorder", 1, 300, 256)
+    encoding = Encoding("recorder", 1, 300, 256, "bert")
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []

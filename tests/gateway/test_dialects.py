@@ -36,7 +36,7 @@ def words_json() -> str:
 class Counting:
     """An embedder whose vectors say which ids it saw: their sum, their number, 0, 1."""
 
-    encoding = Encoding("counter", 4, 6, 10)
+    encoding = Encoding("counter", 4, 6, 10, "bert")
 
     async def embed(self, sequences: Sequence[Sequence[int]]) -> list[bytes]:
         return [struct.pack("<4f", sum(ids), len(ids), 0, 1) for ids in sequences]

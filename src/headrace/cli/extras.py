@@ -80,7 +80,7 @@ def embedding_of(housing: Housing) -> tuple[Batcher, Words, tuple[Card, ...]] | 
     encoding = found.encoder.encoding
     card = Card(
         encoding.model,
-        family="bert",
+        family=encoding.family,
         parameters=found.nbytes // 4,
         weights_bytes=found.nbytes,
         quantization="F32",

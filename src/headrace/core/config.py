@@ -185,7 +185,9 @@ class GatewaySettings:
     max_body: Bytes = setting(Bytes(8 << 20), "largest request body")
     max_choices: int = setting(128, "largest n")
     embedding_model: str = setting(
-        "all-minilm-l6-v2", "model behind /v1/embeddings, as for MODEL; loaded only if it is here; none for none"
+        "all-minilm-l6-v2",
+        "model behind /v1/embeddings, made for it or any that writes, named as MODEL; the default one is loaded only if"
+        " it is here; none for none",
     )
     state_dir: Path | None = setting(
         None, "where files, batches and responses are kept; by default state/ beside the pulled models"

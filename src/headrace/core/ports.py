@@ -144,6 +144,7 @@ class Encoding:
     dimensions: int  # of a vector
     max_tokens: int  # of one text, with the marks around it
     vocab: int
+    family: str  # bert, qwen3, ...
 
 
 class Encoder(Protocol):

@@ -40,18 +40,19 @@ class Llama:
         dtype: torch.dtype,
         device: torch.device,
         padded: Callable[[int], int] = lambda rows: rows,
+        writes: bool = True,
     ) -> None:
         """Loads tensor by tensor, so that one layer at most is held twice. `tensor` gives a weight by its Hugging
         Face name and raises for one it lacks. `padded` rounds a number of rows up to one that every `linear` computes
-        exactly; experts need it, for they see a part of the step. Raises BadModelFile for a wrong shape."""
+        exactly; experts need it, for they see a part of the step. One that does not write has no head: its `logits`
+        are the normed states. Raises BadModelFile for a wrong shape."""
         self.config = config
         weights = _Weights(config, tensor, linear, dtype, device, padded)
         shape = config.shape
         self._embedding = weights.take("model.embed_tokens.weight", shape.vocab, shape.hidden)
         self._layers = [_Layer(weights, layer) for layer in range(shape.layers)]
         self._norm = weights.norm("model.norm.weight")
-        tied = shape.tied_embedding
-        self._head = linear(self._embedding, None) if tied else weights.linear("lm_head", shape.vocab, shape.hidden)
+        self._head = weights.head(self._embedding) if writes else _same
         self._rotaries = {rope: Rotary(rope, device) for rope in config.ropes if rope is not None}
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=dtype, device=device)
 
@@ -275,6 +276,11 @@ class _Weights:
 
     def linear(self, name: str, rows: int, width: int, bias: bool = False) -> Linear:
         return self._pack(self.take(f"{name}.weight", rows, width), self.take(f"{name}.bias", rows) if bias else None)
+
+    def head(self, embedding: Tensor) -> Linear:
+        shape = self.config.shape
+        tied = shape.tied_embedding
+        return self._pack(embedding, None) if tied else self.linear("lm_head", shape.vocab, shape.hidden)
 
     def qkv(self, at: str) -> Linear:
         shape = self.config.shape

@@ -111,7 +111,9 @@ class _Cards:
     others: Sequence[Card]
 
     def __call__(self) -> Sequence[Card]:
-        return (*(model.card for model in self.models), *self.others)
+        """One for each name: a model that writes may also be the one that embeds."""
+        others = (card for card in self.others if self.models.get(card.name) is None)
+        return (*(model.card for model in self.models), *others)
 
     def of(self, caller: Caller) -> Sequence[Card]:
         """Of those that a caller may use."""
