@@ -85,11 +85,14 @@ def test_three_models_in_turn_where_two_fit(server: Server, caplog: pytest.LogCa
     caplog.set_level(logging.INFO, "headrace")
     answers: dict[str, list[str]] = {name: [] for name in NAMES}
     hits: dict[str, list[int]] = {name: [] for name in NAMES}
+    waited: dict[bool, list[float]] = {True: [], False: []}  # whether the explanation says for what
     for _ in range(2):
         for name in NAMES:
             answer = server.ask(name)
             hits[name].append(cached(answer))
             answers[name].append(answer["choices"][0]["text"])
+            explained = httpx.get(f"{server.url}/v1/requests/{answer['id']}/explain").json()
+            waited[explained["words"][0].endswith("for its model to be loaded.")].append(explained["before_ms"])
             models = server.models()
             assert models[name]["state"] == "ready" and len(server.ready()) <= 2
             assert sum(one["memory_bytes"] or 0 for one in models.values()) <= server.budget
@@ -102,6 +105,7 @@ def test_three_models_in_turn_where_two_fit(server: Server, caplog: pytest.LogCa
     told = [record.getMessage() for record in caplog.records]
     swaps = [float(found[1]) for line in told if (found := re.search(r"ready after ([0-9.]+) s", line))]
     assert len(swaps) >= 4 and all(0 < swap < 60 for swap in swaps), told
+    assert len(waited[True]) == len(swaps) and min(waited[True]) > max(waited[False], default=0), waited
 
 
 def test_requests_for_all_models_at_once_are_all_answered(server: Server) -> None:

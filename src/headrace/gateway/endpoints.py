@@ -133,7 +133,7 @@ class _Cards:
 
 
 def _handlers(models: Models, extras: Extras, cards: _Cards) -> Mapping[str, Callable[..., Any]]:
-    generate = logged(by_model(models, _generation), extras.book)
+    generate = logged(by_model(models, _generation), extras.book, models.is_ready)
     tokenize = by_model(models, lambda model: Tokenization(model.text))
     embed = _embedding(extras)
     memory = Responses(extras.database) if extras.database else None

@@ -44,6 +44,7 @@ class Note:
     model: str
     choices: tuple[RequestId, ...]
     began_s: float
+    model_ready: bool = True  # whether its model was in memory when it came
     first_s: float | None = None  # when its first token was there
     end_s: float | None = None
     refused: str | None = None  # why it ended before it was queued, or without an answer
@@ -230,7 +231,7 @@ def _row(book: Book, note: Note, now: float) -> shapes.RequestRow:
         total_ms=_ms((now if note.end_s is None else note.end_s) - note.began_s),
         preemptions=sum(one.preemptions for one in records),
         finish=None if note.end_s is None else note.refused or finish or None,
-        waits_for=words.short(spent) if spent else "",
+        waits_for=words.short(spent) if spent else "" if note.model_ready or note.end_s else words.LOADING,
     )
 
 
@@ -248,8 +249,11 @@ def _explained(book: Book, note: Note, viewer: Viewer, now: float) -> shapes.Exp
     choices = [told.explain(book.explanations, record, viewer, now) for record in records]
     end_s = now if note.end_s is None else note.end_s
     before_s = (records[0].arrival_s if records else end_s) - note.began_s
+    loaded = [] if note.model_ready else words.loaded(before_s, waits=not records and note.end_s is None)
     if choices:
-        said = words.tell(choices[0])
+        said = loaded + words.tell(choices[0])
+    elif loaded:
+        said = loaded
     elif note.refused is not None:
         said = [f"It was refused before it was queued: {note.refused.rstrip('.')}."]
     else:
@@ -271,11 +275,10 @@ def _explained(book: Book, note: Note, viewer: Viewer, now: float) -> shapes.Exp
 
 def _text(explained: shapes.Explained) -> str:
     lines = [f"{explained.id}  x-request-id {explained.request_id}  {explained.model}".rstrip()]
-    if not explained.choices:
-        lines += [f"  {sentence}" for sentence in explained.words]
-    for choice in explained.choices:
-        if len(explained.choices) > 1:
-            lines.append(f"choice {choice.id}")
+    lines += [f"choice {choice.id}" for choice in explained.choices[:1] if len(explained.choices) > 1]
+    lines += [f"  {sentence}" for sentence in explained.words]
+    for choice in explained.choices[1:]:
+        lines.append(f"choice {choice.id}")
         lines += [f"  {sentence}" for sentence in choice.words]
     return "\n".join(lines) + "\n"
 

@@ -5,7 +5,7 @@ answers and keys are never in either. Notes each call in the book of explanation
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from starlette.types import Scope
 
@@ -20,11 +20,13 @@ from headrace.gateway.explaining import Book, Note, Visit
 _QUIET = ("/health", "/metrics", "/v1/requests", "/v1/steps", "/page", "/openapi.json")  # asked every few seconds
 
 
-def logged(handler: Handler, book: Book) -> Handler:
-    """A handler around a handler: a note in the book, and a line when the call is over, whatever became of it."""
+def logged(handler: Handler, book: Book, is_ready: Callable[[str], bool] = lambda _: True) -> Handler:
+    """A handler around a handler: a note in the book, and a line when the call is over, whatever became of it.
+    `is_ready` says of a model's name whether it is in memory."""
 
     async def call_and_log(call: Call) -> AsyncIterator[Event]:
-        note = Note(call.id, call.client_id, call.tenant, call.model, request_ids(call), clock.now())
+        names, ready = request_ids(call), is_ready(call.model)
+        note = Note(call.id, call.client_id, call.tenant, call.model, names, clock.now(), ready)
         book.begin(note)
         usage, outcome = Usage(0, 0, 0), "gone"
         reasons: list[str] = []

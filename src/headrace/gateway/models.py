@@ -62,6 +62,11 @@ class Models:
     def get(self, name: str) -> Model | None:
         return self._by_name.get(name.removesuffix(_TAG))
 
+    def is_ready(self, name: str) -> bool:
+        """Whether a model of this name is in memory and stays there for its next request."""
+        model = self.get(name)
+        return model is not None and model.residency.state == "ready"
+
     def find(self, asked: str | None) -> Model:
         """The model that a call means. Raises Refused for a name that nothing here answers to."""
         found = self.first if asked is None else self.get(asked)

@@ -161,7 +161,7 @@ def _table(requests: Sequence[Request], columns: int, rows: int | None, chosen: 
         state, how = _STATES.get(request.state, (request.finish or request.state, "dim"))
         tenant, times = request.tenant or "-", (request.total_ms, request.queue_ms, request.ttft_ms)
         counts = (f"{request.prompt_tokens:,}", f"{request.output_tokens:,}")
-        waits_for = plain(request.waits_for) if request.queue_ms >= _TOLD_MS else ""
+        waits_for = plain(request.waits_for) if (request.queue_ms or request.total_ms) >= _TOLD_MS else ""
         ends = (*map(duration, times), *counts, waits_for)
         cells = (_end(plain(request.id), names), plain(tenant), plain(state), *ends)
         lines.append(line((_cells(cells, widths), "chosen" if request.id == chosen else how)))

@@ -63,6 +63,15 @@ def tell(one: Explanation) -> list[str]:
     return told
 
 
+LOADING = "its model to be loaded"
+
+
+def loaded(before_s: float, *, waits: bool) -> list[str]:
+    """Of a request whose model was not in memory when it came, and which was queued `before_s` later, if it was."""
+    waited = "It has waited" if waits else "It waited"
+    return [f"{waited} {seconds(before_s)} for {LOADING}."] if before_s >= _NOTABLE_S or waits else []
+
+
 def _queued(one: Explanation, phase: Phase, first: bool) -> Iterator[str]:
     waits = one.state == "waiting" and phase is one.phases[-1]
     if phase.seconds < _NOTABLE_S and not waits:

@@ -151,8 +151,8 @@ function row(one, explain) {
 }
 
 /** A line of its own below the request, so that it takes no width from the figures. */
-function reason({ waits_for, queue_ms, state }) {
-  if (!waits_for || queue_ms < TOLD_MS) return [];
+function reason({ waits_for, queue_ms, total_ms, state }) {
+  if (!waits_for || (queue_ms || total_ms) < TOLD_MS) return [];
   const told = `${state === "waiting" ? "waits" : "waited"} for ${waits_for}`;
   return [el("tr", { class: "reason" }, el("td", { class: "under", colspan: 7 }, told))];
 }
