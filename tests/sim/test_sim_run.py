@@ -76,7 +76,7 @@ def test_statistics_are_those_of_the_tokens() -> None:
 def test_load_is_spread_and_nothing_is_lost() -> None:
     shares = {}
     for dispatch in (None, least_tokens):
-        report = simulate(traffic(3, 300, 60.0, longest=150), SITE, **({"dispatch": dispatch} if dispatch else {}))  # type: ignore[arg-type]
+        report = simulate(traffic(3, 300, 30.0, longest=150), SITE, **({"dispatch": dispatch} if dispatch else {}))  # type: ignore[arg-type]
         totals = report.totals
         assert totals.completed + totals.rejected == totals.arrived == 300
         assert len(report.digests) == report.replicas == 3

@@ -116,7 +116,7 @@ class Memory:
             self.pool.share(block)
         dropped = progress.blocks[first:]
         progress.blocks[first:] = hits
-        self.pool.release(reversed(dropped))
+        self.pool.release(reversed(dropped), progress.request.tenant)
         progress.computed_tokens = (first + len(hits)) * self.block_tokens
         progress.named_blocks = first + len(hits)
         return tuple((first + at, hits[at]) for at in range(len(dropped)))
@@ -173,7 +173,7 @@ class Memory:
         if self.tiers:
             self.tiers.leave(progress, full, waits)
         if progress.named_blocks:
-            self.pool.release(reversed(progress.blocks))
+            self.pool.release(reversed(progress.blocks), progress.request.tenant)
         else:  # nobody else can have found one
             self.pool.release_own(progress.blocks[::-1])
         progress.blocks = []

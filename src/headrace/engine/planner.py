@@ -278,17 +278,17 @@ class Planner:
         if running >= self._max_running:
             return "places"
         adopted = self._memory.cost(hits)
-        pool = self._pool_view(without, hits)
+        pool = self._pool_view(progress.request.tenant, without, hits)
         if adopted + own > pool.free_blocks:
             return "memory"
         progress.cached_blocks = len(hits) - adopted
         return "" if self._policies.admission(progress, pool) else "policy"
 
-    def _pool_view(self, without: Sequence[Progress], hits: Sequence[Block]) -> PoolView:
+    def _pool_view(self, tenant: str, without: Sequence[Progress], hits: Sequence[Block]) -> PoolView:
         blocks_for, prefilling = self._memory.blocks_for, self._lines.prefilling.members
         view = PoolView(
             total_blocks=self._memory.pool.blocks,
-            free_blocks=self._memory.pool.free,
+            free_blocks=self._memory.pool.free_for(tenant),
             block_tokens=self._block_tokens,
             promised_blocks=sum(blocks_for(one.known_tokens) - len(one.blocks) for one in prefilling),
             reserved_blocks=self._lines.reserved_blocks,

@@ -1,5 +1,5 @@
-"""Counts who holds each KV block, and decides which block is taken next: free ones first, then the cached block that
-was released longest ago. Owns the reference counts and both free lists; knows block ids only, never requests or tokens.
+"""Counts who holds each KV block, and decides which block is taken next: free ones first, then the cached one that is
+worth least (`cached`). Owns the reference counts and both free lists; knows block ids only, never requests or tokens.
 Which blocks have a name worth keeping is the prefix index's business: the pool asks it, and tells it of evictions.
 
          allocate                          release, has a key
@@ -12,10 +12,10 @@ Which blocks have a name worth keeping is the prefix index's business: the pool 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
 
 from headrace.core.step import Block
+from headrace.engine.cached import Cached
 from headrace.engine.prefix import PrefixIndex
 
 
@@ -28,7 +28,7 @@ class Pool:
         self._index = index
         self._references = [0] * blocks
         self._free = list(range(blocks - 1, -1, -1))  # a stack: low numbers first
-        self._cached: OrderedDict[Block, None] = OrderedDict()
+        self._cached = Cached(blocks)
 
     @property
     def used(self) -> int:
@@ -38,6 +38,10 @@ class Pool:
     def cached(self) -> int:
         """Held by nobody, with content worth finding."""
         return len(self._cached)
+
+    def free_for(self, owner: str) -> int:
+        """Of the free blocks, those that no other owner's floor in the cache is made of."""
+        return self.free - self._cached.kept(owner)
 
     def held(self, block: Block) -> bool:
         return self._references[block] > 0
@@ -52,7 +56,7 @@ class Pool:
         if self._free:
             block = self._free.pop()
         elif self._cached:
-            block, _ = self._cached.popitem(last=False)
+            block = self._cached.take()
             self._index.forget(block)
         else:
             raise IndexError("no block is free")
@@ -76,22 +80,25 @@ class Pool:
     def share(self, block: Block) -> None:
         """One more holder of a block that is held or cached."""
         if not self._references[block]:
-            del self._cached[block]
+            self._cached.remove(block)
             self.free -= 1
         self._references[block] += 1
 
-    def release(self, blocks: Iterable[Block]) -> None:
+    def release(self, blocks: Iterable[Block], owner: str = "") -> None:
         """One holder less of each. Give a request's blocks last first: what is released first is evicted first, and a
-        block is useless without those before it."""
+        block is useless without those before it. `owner` is on whose account those that are worth keeping are kept."""
         references, named, free = self._references, self._index.holds, self._free.append
+        kept: list[Block] = []
         for block in blocks:
             left = references[block] = references[block] - 1
             if not left:
                 self.free += 1
                 if named(block):
-                    self._cached[block] = None
+                    kept.append(block)
                 else:
                     free(block)
+        if kept:
+            self._cached.add(kept, owner)
 
     def release_own(self, blocks: list[Block]) -> None:
         """As `release`, for blocks that have no name and no other holder; in the order given."""
@@ -104,12 +111,13 @@ class Pool:
         """The content of a block is not what its key says: nobody may find it any more."""
         self._index.forget(block)
         if block in self._cached:
-            del self._cached[block]
+            self._cached.remove(block)
             self._free.append(block)
 
     def check(self) -> None:
         """Every block is free, cached or held, exactly one of them; cached means unheld with a key."""
         free, cached = set(self._free), set(self._cached)
+        self._cached.check()
         assert len(free) == len(self._free), "a block is free twice"
         assert self.free == len(free) + len(cached), "the count of free blocks is off"
         assert not free & cached, "a block is free and cached"

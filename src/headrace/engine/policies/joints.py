@@ -73,7 +73,7 @@ class PoolView(NamedTuple):
     """The KV memory at the moment one request asks for admission."""
 
     total_blocks: int
-    free_blocks: int  # held by nobody, cached ones included
+    free_blocks: int  # held by nobody, cached ones included, but for what other tenants keep in the cache at least
     block_tokens: int
     promised_blocks: int  # of the free ones, what running requests need for tokens they know but have not computed
     reserved_blocks: int  # what running requests would hold at their longest if they shared nothing
