@@ -2,7 +2,7 @@
 # make serve     install, then serve the embedded model on http://127.0.0.1:8000
 # make native    build the native kernels again, in place
 # make test      the default tests: no GPU, no network, some minutes
-# make accuracy  the simulator against the live engine on this machine, ten minutes, alone
+# make accuracy  the simulator against the live engine on this machine, a quarter of an hour, alone
 # make peers     llama.cpp and OpenVINO in an environment of their own, for benchmarks/peers.py; some minutes
 # make clients   the official clients, each in an environment of its own, against a real server
 # make conformance  20,000 requests that schemathesis makes of /openapi.json, against a real server; some minutes

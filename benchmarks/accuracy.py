@@ -2,11 +2,11 @@
 arrivals run for real and in virtual time, one table of live, simulated and error.
 
 Run `make accuracy`, alone on the machine. The speed of shared machines wanders by 10 % and more within seconds, and
-that is no error of the simulator. So every workload is played in several turns, between which a few steps are measured
-(a pulse) as `headrace calibrate` measures them; they see nothing of the workloads. One fit knows how steps compare,
-from the calibrations at the beginning and the end and all pulses; the pulses on both sides of a turn tell how fast the
-machine was. Metrics are those of all turns of a workload together. Live times are those of a client in the same
-process that reads the engine's streams; HTTP comes on top.
+that is no error of the simulator. So every workload is played in many short turns, between which a few steps are
+measured (a pulse) as `headrace calibrate` measures them; they see nothing of the workloads. One fit knows how steps
+compare, from the calibrations at the beginning and the end and all pulses; the pulses on both sides of a turn tell how
+fast the machine was. Metrics are those of all turns of a workload together. Live times are those of a client in the
+same process that reads the engine's streams; HTTP comes on top.
 
     calibration | chat | pulse | chat | pulse | clients | ... | pulse | bursts | calibration      one of `--turns`
                 '--- level ---'
@@ -447,8 +447,8 @@ def main() -> int:
     add_model(parser)
     parser.add_argument("--steps", type=Path, metavar="FILE", help="keep every live step, for finding out why")
     parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name has this in it")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals of each workload (default: 60)")
-    parser.add_argument("--turns", type=int, default=3, help="that each workload is played in (default: 3)")
+    parser.add_argument("--seconds", type=float, default=80.0, help="of arrivals of each workload (default: 80)")
+    parser.add_argument("--turns", type=int, default=8, help="that each workload is played in (default: 8)")
     args = parser.parse_args([*FLAGS, *sys.argv[1:]])
     live = open_live(args, Phases())
     rows = measure(live, args)

@@ -1,10 +1,10 @@
 """Twelve questions of the form "what is the highest rate that keeps this SLO with these settings?": answered by
 the planner from a calibration of this machine, then measured on the live engine. A table of both.
 
-Run alone on the machine, 11 to 15 minutes: python benchmarks/planner_live.py
+Run alone on the machine, some 25 minutes: python benchmarks/planner_live.py
 
-    calibration | pulse | question | pulse | question | ... | pulse | calibration      see benchmarks/accuracy.py
-                   '---- level ----'
+    calibration | pulse | question 4 | pulse | question 9 | ... | pulse | calibration      one run of each, five times
+                   '----- level -----'                                                     see benchmarks/accuracy.py
 
     planner   bisection of the rate in virtual time, the same requests coming faster or slower
     live      the same requests through the same scheduler in front of the real executor, first at the planner's rate,
@@ -12,21 +12,22 @@ Run alone on the machine, 11 to 15 minutes: python benchmarks/planner_live.py
               stress is the 90th percentile of "what it took over what was promised"; the answer is the median of the
               rates at which the lines through a run that held and one that did not pass 1
 
-The planner sees steps that were measured by themselves and nothing of any question. Shared machines drift, so a
-few steps are measured between questions (a pulse): those on both sides of a question say how fast the machine was,
-which the table tells as its level. Bound: 11 of 12 within 15 %, no answer more than 10 % above what the live engine
-holds.
+The planner sees steps that were measured by themselves and nothing of any question. Shared machines are slow for
+seconds and for minutes: so the runs of a question lie far apart, and a few steps are measured between any two (a
+pulse). Those on both sides of the runs of a question say how fast the machine was, which the table tells as its level.
+Bound: 11 of 12 within 15 %, no answer more than 10 % above what the live engine holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import ceil, exp, inf, log, sqrt
-from statistics import median
+from random import Random
+from statistics import mean, median
 
 from accuracy import EXTENT, FLAGS, PULSE, Life, Prices, Used, imagine, play, steps_now
 
@@ -44,7 +45,6 @@ ATTAIN, WITHIN, UNSAFE, NEEDED = 0.9, 0.15, 0.10, 11
 LOW, HIGH = 0.05, 200.0  # requests per second, between which the planner looks
 SIM_ROUNDS = 11
 BESIDE = 1.13  # from one live rate to the next, until one holds and one does not
-RUNS, LATE_RUNS = 4, 3  # live ones of a question, and when time is short
 LEAST, MOST = 50, 240  # requests of a run
 
 
@@ -134,23 +134,28 @@ def planned(priced: Site, live: Live, rows: Sequence[Arrival], slo: SLO) -> floa
     return sqrt(low * high)
 
 
-def measured(ask: Callable[[float], float], first: float, most: int) -> Measured:
-    """What the engine says, in at most so many runs. `ask` is the stress at a rate."""
-    runs: list[tuple[float, float]] = []
-    rate = first
-    for _ in range(most):
-        runs.append((rate, ask(rate)))
-        held = max((at for at, took in runs if took <= 1), default=None)
-        missed = min((at for at, took in runs if took > 1), default=None)
-        if missed is None:
-            rate = max(at for at, _ in runs) * BESIDE
-        elif held is None:
-            rate = missed / BESIDE
-        else:
-            rate = crossing(runs)
-    if missed is None or held is None:
-        return Measured(rate, tuple(runs), "at least" if missed is None else "at most")
+def next_rate(first: float, runs: Sequence[tuple[float, float]]) -> float:
+    """Where the engine is asked next."""
+    held, missed = _bounds(runs)
+    if not runs:
+        return first
+    if missed is None:
+        return max(rate for rate, _ in runs) * BESIDE
+    return missed / BESIDE if held is None else crossing(runs)
+
+
+def measured(runs: Sequence[tuple[float, float]]) -> Measured:
+    """What the engine says, of all runs."""
+    held, missed = _bounds(runs)
+    if held is None or missed is None:
+        return Measured(next_rate(0.0, runs), tuple(runs), "at least" if missed is None else "at most")
     return Measured(crossing(runs), tuple(runs), "")
+
+
+def _bounds(runs: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
+    """The highest rate that held, and the lowest that did not."""
+    held = max((rate for rate, took in runs if took <= 1), default=None)
+    return held, min((rate for rate, took in runs if took > 1), default=None)
 
 
 def crossing(runs: Sequence[tuple[float, float]]) -> float:
@@ -178,40 +183,54 @@ def under(live: Live, asked: Question) -> Live:
     return replace(live, settings=settings, token_budget=settings.token_budget or live.token_budget)
 
 
-def played(live: Live, asked: Question, priced: Site, seconds: float, most: int) -> tuple[list[Arrival], Measured]:
-    """The requests of a question, as many as come in about so many seconds, and what the live engine makes of them."""
-    there = under(live, asked)
-    guess = planned(priced, there, requests(asked, 100), asked.slo)
-    rows = requests(asked, min(max(round(guess * seconds), LEAST), MOST))
-    first = planned(priced, there, rows, asked.slo)
-    print(f"  {asked.name}: {len(rows)} requests, planned {first:.2f}/s", flush=True)
+@dataclass(slots=True)
+class Asked:
+    """A question, its requests, and what became of them so far."""
 
-    def ask(rate: float) -> float:
-        took = stress(clock.run(play(there, at_rate(rows, rate), 1))[0], asked.slo, len(rows))
-        print(f"    live at {rate:.2f}/s: {took:.2f} of the promise", flush=True)
-        return took
+    question: Question
+    live: Live  # with the settings of the question
+    rows: list[Arrival]
+    first: float
+    runs: list[tuple[float, float]] = field(default_factory=list)
+    pulses: list[int] = field(default_factory=list)  # the one before each run; the next comes after it
+    others: list[float] = field(default_factory=list)
 
-    return rows, measured(ask, first, most)
+    @classmethod
+    def of(cls, live: Live, question: Question, priced: Site, seconds: float) -> Asked:
+        """As many requests as come in about so many seconds."""
+        there = under(live, question)
+        guess = planned(priced, there, requests(question, 100), question.slo)
+        rows = requests(question, min(max(round(guess * seconds), LEAST), MOST))
+        return cls(question, there, rows, planned(priced, there, rows, question.slo))
+
+    def run(self, pulse: int) -> None:
+        rate, used = next_rate(self.first, self.runs), Used.now()
+        took = stress(clock.run(play(self.live, at_rate(self.rows, rate), 1))[0], self.question.slo, len(self.rows))
+        self.runs.append((rate, took))
+        self.pulses.append(pulse)
+        self.others.append(Used.now().others_since(used))
+        print(f"  {self.question.name}: {len(self.rows)} at {rate:.2f}/s, {took:.2f} of the promise", flush=True)
+
+    def row(self, live: Live, prices: Prices) -> Row:
+        level = mean(mean(prices.levels[pulse : pulse + 2]) for pulse in self.pulses)
+        rate = planned(prices.site(live, level), self.live, self.rows, self.question.slo)
+        return Row(self.question.name, rate, measured(self.runs), level, mean(self.others))
 
 
-def answers(live: Live, questions: Sequence[Question], args: argparse.Namespace) -> list[Row]:
-    """All of them. The planner's answers rest on the calibrations and on the pulses on both sides of each."""
+def answers(live: Live, questions: Sequence[Question], runs: int, seconds: float) -> list[Row]:
+    """All of them. The planner's answers rest on the calibrations and on the pulses on both sides of each run."""
     steps_now(live, PULSE)  # the first steps touch memory for the first time
-    begun_s, found = clock.perf(), []
     calibrations, pulses = [steps_now(live, EXTENT)], [steps_now(live, PULSE)]
-    for number, one in enumerate(questions):
-        late = clock.perf() - begun_s > 60 * args.minutes * (number + 0.5) / len(questions)
-        prices, used = Prices.of(live, calibrations, pulses), Used.now()
-        said = played(live, one, prices.site(live, prices.levels[-1]), args.seconds, LATE_RUNS if late else RUNS)
-        found.append((one, *said, Used.now().others_since(used)))
-        pulses.append(steps_now(live, PULSE))
+    priced = Prices.of(live, calibrations, pulses).site(live)
+    asked = [Asked.of(live, one, priced, seconds) for one in questions]
+    order = Random(0)
+    for _ in range(runs):
+        for one in order.sample(asked, len(asked)):
+            one.run(len(pulses) - 1)
+            pulses.append(steps_now(live, PULSE))
     calibrations.append(steps_now(live, EXTENT))
-    prices, rows = Prices.of(live, calibrations, pulses), []
-    for number, (one, asked, said_live, others) in enumerate(found):
-        level = sum(prices.levels[number : number + 2]) / 2
-        rate = planned(prices.site(live, level), under(live, one), asked, one.slo)
-        rows.append(Row(one.name, rate, said_live, level, others))
-    return rows
+    prices = Prices.of(live, calibrations, pulses)
+    return [one.row(live, prices) for one in asked]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -237,12 +256,10 @@ def main() -> int:
     add_model(parser)
     parser.add_argument("--only", default="", metavar="TEXT", help="only questions whose name has this in it")
     parser.add_argument("--seconds", type=float, default=12.0, help="of arrivals in a live run (default: 12)")
-    parser.add_argument(
-        "--minutes", type=float, default=14.0, help="that all may take, with fewer live runs if need be"
-    )
+    parser.add_argument("--runs", type=int, default=5, help="live ones of each question (default: 5)")
     args = parser.parse_args([*FLAGS, *sys.argv[1:]])
     begun_s, live = clock.perf(), open_live(args, Phases())
-    rows = answers(live, [one for one in QUESTIONS if args.only in one.name], args)
+    rows = answers(live, [one for one in QUESTIONS if args.only in one.name], args.runs, args.seconds)
     clock.run(live.loaded.executor.close())
     print(f"{table(rows)}\n{(clock.perf() - begun_s) / 60:.1f} minutes")
     return 0

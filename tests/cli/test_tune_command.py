@@ -80,6 +80,7 @@ def test_flags_fix_settings_and_files_do_not(tmp_path: Path) -> None:
         (["--arrivals", "closed:3"], "closed loop"),
         (["--hardware", "H1000"], "did you mean"),
         (["--config", "missing.toml"], "missing.toml"),
+        (["--margin", "1"], "--margin is 1.0"),
         (["--trace", "nowhere.csv", "--arrivals", "poisson:1"], "nowhere.csv"),
         (
             "--ordering fcfs --admission free-blocks --batch chunked --preemption priority --max-running 9 "

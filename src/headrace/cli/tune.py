@@ -1,7 +1,8 @@
 """`headrace tune`: settings that keep more promises on your traffic, searched with the simulator as judge.
 
 The first part of the traffic trains, the last is held out: it says by how much what was found is better, and why.
-Engine flags fix a setting and take it out of the search; [engine] of --config is where the search starts.
+Engine flags fix a setting and take it out of the search; [engine] of --config is where the search starts. While it
+searches, promises are tighter by --margin, so that what is found also holds on a machine a little slower than priced.
 
 Examples:
   headrace tune --trace traffic.csv --slo ttft=1.0,tpot=0.05 --model llama-3.1-8b --hardware H100-SXM
@@ -21,7 +22,7 @@ from typing import Any
 from headrace.core import clock, config
 from headrace.core.config import BadSetting, EngineSettings
 
-BUDGET, HELD_OUT = 120, 0.4
+BUDGET, HELD_OUT, MARGIN = 120, 0.4, 0.15
 
 
 def add(commands: Any) -> None:
@@ -40,6 +41,13 @@ def add(commands: Any) -> None:
     )
     group.add_argument(
         "--held-out", type=float, default=HELD_OUT, metavar="X", help=f"last share of the time (default: {HELD_OUT})"
+    )
+    group.add_argument(
+        "--margin",
+        type=float,
+        default=MARGIN,
+        metavar="X",
+        help=f"search for promises tighter by this part, as machines may be slower than priced (default: {MARGIN})",
     )
     group.add_argument(
         "--stated", action="store_true", help="clients state their SLO, so orderings by due date may be searched"
@@ -65,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
     slices = cut(scenario, args.held_out)
     processes = args.processes or os.cpu_count() or 1
     seed = scenario.traffic[0].seed
-    found = tune.tune(scenario, axes, slices, forked(processes), budget=args.budget, seed=seed, heard=_say)
+    found = tune.tune(
+        scenario, axes, slices, forked(processes), budget=args.budget, seed=seed, margin=args.margin, heard=_say
+    )
     print(tuned.told(found), end="")
     _write(args.out, tuned.config_file(scenario, axes, found))
     _say(f"{found.simulations} simulations in {clock.perf() - begun_s:.0f} s; written: {args.out}")
@@ -84,6 +94,8 @@ def _check(args: argparse.Namespace) -> None:
         raise BadSetting(f"--budget is {args.budget}; it must be between 10 and 100000 simulations")
     if not 0.1 <= args.held_out <= 0.9:
         raise BadSetting(f"--held-out is {args.held_out}; it must be between 0.1 and 0.9 of the time")
+    if not 0 <= args.margin <= 0.9:
+        raise BadSetting(f"--margin is {args.margin}; it must be between 0 and 0.9 of the promises")
     if args.processes is not None and not 1 <= args.processes <= 1024:
         raise BadSetting(f"--processes is {args.processes}; it must be between 1 and 1024")
     if not args.out.parent.is_dir():

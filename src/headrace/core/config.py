@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import os
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,6 +292,8 @@ def read_toml(path: Path | None) -> Mapping[str, Any]:
     """The config file as tables, or nothing."""
     if path is None:
         return {}
+    import tomllib  # 8 ms that most commands need not wait for
+
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -120,6 +120,10 @@ class SLO:
     ttft_s: float | None = None  # time to first token
     tpot_s: float | None = None  # (end-to-end minus TTFT) / (output tokens minus 1)
 
+    def times(self, factor: float) -> SLO:
+        """Promises of so many times these seconds."""
+        return SLO(self.ttft_s and self.ttft_s * factor, self.tpot_s and self.tpot_s * factor)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

@@ -58,16 +58,19 @@ KVS: Mapping[str, KVFormat] = {
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One question: who is asked, how it schedules, what comes, and how many times faster than the settings say."""
+    """One question: who is asked, how it schedules, what comes, how many times faster than the settings say, and by
+    which part promises are tighter than they say."""
 
     simulate: SimulateSettings = field(default_factory=SimulateSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     traffic: tuple[WorkloadSettings, ...] = (WorkloadSettings(),)
     speed: float = 1.0
+    margin: float = 0.0
 
     def arrivals(self) -> Iterator[Arrival]:
         """A fresh stream, the same every time. Raises BadSetting and, while it is read, BadTrace."""
         stream = mixture(self.traffic)
+        stream = streams.promised(stream, 1 - self.margin) if self.margin else stream
         return stream if self.speed == 1.0 else streams.faster(stream, self.speed)
 
     @property
@@ -81,8 +84,8 @@ class Scenario:
     def site(self) -> Site:
         """Raises UnknownName, UnreadableConfig, BadPlacement, BadSetting, BadCalibration."""
         site = _calibrated(self, self.simulate.calibration) if self.simulate.calibration else _catalogued(self)
-        seed = self.traffic[0].seed
-        return replace(site, acceptance=parse_acceptance(self.simulate.draft_acceptance, seed))
+        seed, slo = self.traffic[0].seed, site.slo and site.slo.times(1 - self.margin)
+        return replace(site, acceptance=parse_acceptance(self.simulate.draft_acceptance, seed), slo=slo)
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self, enc_hook=str)

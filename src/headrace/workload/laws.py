@@ -15,7 +15,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from random import Random
-from statistics import NormalDist
 
 from headrace.core.config import BadSetting
 from headrace.workload.arrival import MAX_TOKENS
@@ -165,7 +164,9 @@ def empirical(prompts: Sequence[int], outputs: Sequence[int]) -> Pairs:
 def corpus(lengths: Corpus) -> Pairs:
     """Lengths whose marginal laws are the corpus's quantiles, tied by a Gaussian copula of its correlation of ranks."""
     weight, rest = lengths.correlation, math.sqrt(1 - lengths.correlation**2)
-    level = NormalDist().cdf
+
+    def level(x: float) -> float:
+        return 0.5 * (1.0 + math.erf(x / math.sqrt(2.0)))
 
     def draw(rng: Random) -> tuple[int, int]:
         x = rng.gauss(0.0, 1.0)

@@ -38,6 +38,12 @@ def faster(arrivals: Arrivals, speed: float) -> Iterator[Arrival]:
         yield replace(arrival, at_s=_at_s(arrival) / speed, gap_s=gap_s)
 
 
+def promised(arrivals: Arrivals, factor: float) -> Iterator[Arrival]:
+    """The same requests, each of which is promised an answer in so many times the seconds."""
+    for arrival in arrivals:
+        yield arrival if arrival.slo is None else replace(arrival, slo=arrival.slo.times(factor))
+
+
 def longer(arrivals: Arrivals, prompt: float = 1.0, output: float = 1.0) -> Iterator[Arrival]:
     """Lengths times these factors, at least 1. Shared prefixes stay shared: cuts are rounded from the beginning of
     the prompt, so they fall on the same places in every prompt that begins alike."""
