@@ -13,7 +13,7 @@ from reliability.running import Server, client, serving, tiny_model
 PROMPT = "river wheel mill water stone grain flour gate dam channel " * 8
 CYCLES, SHORT_CYCLES = 1000, 40
 WARM_UP = 0.2  # of the cycles
-MOST_DRIFT = 0.02
+MOST_DRIFT = 0.02  # more memory than at first; less is no leak
 SAMPLES = 5
 FLAGS = ("--memory", "1GiB", "--max-context", "1024", "--threads", "1", "--explained", "10")
 
@@ -37,7 +37,7 @@ async def swapped(setting: Setting) -> Found:
     drift = last / first - 1
     told = f"{loads} loads for {cycles} requests, {failed} failed, {found} found their prefix"
     told += f"; memory {first / 2**20:.0f} -> {last / 2**20:.0f} MiB ({drift:+.1%})"
-    return Found(told, failed == 0 and loads >= cycles and found >= cycles - 1 and abs(drift) <= MOST_DRIFT)
+    return Found(told, failed == 0 and loads >= cycles and found >= cycles - 1 and drift <= MOST_DRIFT)
 
 
 async def _cycle(http: httpx.AsyncClient, server: Server) -> int | None:
