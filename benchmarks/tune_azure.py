@@ -25,6 +25,7 @@ from accuracy import Life, play
 
 from headrace.cli.assemble import Phases, add_model, token_budget
 from headrace.cli.calibrate import Extent, Live, calibrate, open_live
+from headrace.cli.tune import MARGIN
 from headrace.core import clock, config
 from headrace.core.config import EngineSettings
 from headrace.core.types import SLO
@@ -48,7 +49,8 @@ CROWD = 200  # requests that come at once, to see what the machine can do
 def search(scenario: Scenario, options: argparse.Namespace, fixed: Sequence[str] = ()) -> tuple[Tuned, str]:
     """What was found, and the config file that says so."""
     axes, slices = space(scenario, fixed), cut(scenario, HELD_OUT)
-    found = tune(scenario, axes, slices, forked(options.processes), budget=options.budget, heard=say)
+    each = forked(options.processes)
+    found = tune(scenario, axes, slices, each, budget=options.budget, margin=MARGIN, heard=say)
     print(told(found), flush=True)
     return found, config_file(scenario, axes, found)
 

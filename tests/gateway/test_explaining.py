@@ -14,4 +14,7 @@ def test_who_waits_for_a_model_is_told_so() -> None:
     assert _explained(book, waits, Viewer(), 3.5).words == ["It has waited 2.50 s for its model to be loaded."]
     waits.end_s, waits.refused = 4.0, "Unavailable: it could not be loaded"
     assert _row(book, waits, 9.0).waits_for == ""
-    assert _explained(book, waits, Viewer(), 9.0).words[0] == "It waited 3.00 s for its model to be loaded."
+    assert _explained(book, waits, Viewer(), 9.0).words == [
+        "It waited 3.00 s for its model to be loaded.",
+        "It was refused before it was queued: Unavailable: it could not be loaded.",
+    ]

@@ -83,7 +83,7 @@ def test_load_is_spread_and_nothing_is_lost() -> None:
         assert totals.per_second()["requests"] == pytest.approx(totals.completed / totals.span_s)
         assert 0 < totals.good < totals.completed
         shares[dispatch] = totals.ttft_s.mean
-    assert shares[least_tokens] < shares[None], "looking at the load should help"  # type: ignore[operator]
+    assert shares[least_tokens] < 0.9 * shares[None], "looking at the load should help"  # type: ignore[operator]
 
 
 def test_dispatchers_see_the_load_as_it_is() -> None:

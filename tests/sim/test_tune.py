@@ -58,7 +58,7 @@ def asked(engine: EngineSettings = DEFAULT, *, count: int = 120, slo: str = "ttf
 
 
 def found(scenario: Scenario, axes: Sequence[Axis], budget: int = 12) -> Tuned:
-    return tune(scenario, axes, cut(scenario, 0.4), here, budget=budget, margin=0.0)
+    return tune(scenario, axes, cut(scenario, 0.4), here, budget=budget)
 
 
 # -- answers that are known --------------------------------------------------------------------------------------------

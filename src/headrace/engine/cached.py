@@ -67,8 +67,6 @@ class Cached:
 
     def kept(self, but: str | None = None) -> int:
         """How many blocks are all that their owners have, those of one owner not counted. O(owners)."""
-        if len(self._lately) == (but in self._lately):
-            return 0
         share, counts = self._share, self._counts
         return sum(min(counts.get(owner, 0), share) for owner in self._lately if owner != but)
 

@@ -249,15 +249,13 @@ def _explained(book: Book, note: Note, viewer: Viewer, now: float) -> shapes.Exp
     choices = [told.explain(book.explanations, record, viewer, now) for record in records]
     end_s = now if note.end_s is None else note.end_s
     before_s = (records[0].arrival_s if records else end_s) - note.began_s
-    loaded = [] if note.model_ready else words.loaded(before_s, waits=not records and note.end_s is None)
+    said = [] if note.model_ready else words.loaded(before_s, waits=not records and note.end_s is None)
     if choices:
-        said = loaded + words.tell(choices[0])
-    elif loaded:
-        said = loaded
+        said += words.tell(choices[0])
     elif note.refused is not None:
-        said = [f"It was refused before it was queued: {note.refused.rstrip('.')}."]
-    else:
-        said = ["It has not been queued yet." if note.end_s is None else "It ended before it was queued."]
+        said.append(f"It was refused before it was queued: {note.refused.rstrip('.')}.")
+    elif not said:
+        said.append("It has not been queued yet." if note.end_s is None else "It ended before it was queued.")
     return shapes.Explained(
         id=note.id,
         request_id=note.request_id,
@@ -275,11 +273,10 @@ def _explained(book: Book, note: Note, viewer: Viewer, now: float) -> shapes.Exp
 
 def _text(explained: shapes.Explained) -> str:
     lines = [f"{explained.id}  x-request-id {explained.request_id}  {explained.model}".rstrip()]
-    lines += [f"choice {choice.id}" for choice in explained.choices[:1] if len(explained.choices) > 1]
-    lines += [f"  {sentence}" for sentence in explained.words]
-    for choice in explained.choices[1:]:
-        lines.append(f"choice {choice.id}")
-        lines += [f"  {sentence}" for sentence in choice.words]
+    said = [explained.words, *(choice.words for choice in explained.choices[1:])]
+    for at, sentences in enumerate(said):
+        lines += [f"choice {explained.choices[at].id}"] if len(said) > 1 else []
+        lines += [f"  {sentence}" for sentence in sentences]
     return "\n".join(lines) + "\n"
 
 

@@ -307,16 +307,16 @@ def tune(
     *,
     budget: int,
     seed: int = 0,
-    margin: float = 0.15,
+    margin: float = 0.0,
     heard: Heard = lambda line: None,
 ) -> Tuned:
     """At most `budget` simulations to search; a few more undo what is not needed, and judge. The same seed finds the
     same, in any number of processes. One candidate only is tried on the held-out slice: the best of several there would
     be one more thing that was fitted to it.
 
-    The search is for promises that are tighter by `margin`: else it ends where steps take just as long as is promised,
-    and a machine that is a little slower than its price keeps hardly any. The verdict is on the promises as they are.
-    Raises what simulating the given settings raises."""
+    The search is for promises that are tighter by `margin`: without one it ends where steps take just as long as is
+    promised, and a machine that is a little slower than its price keeps hardly any. The verdict is on the promises as
+    they are. Raises what simulating the given settings raises."""
     trials, rng = Trials(replace(scenario, margin=margin), each, budget), Random(seed)
     best = halve(trials, axes, slices, rng, heard)
     best = climb(trials, axes, best, slices.train, rng, heard)
