@@ -235,8 +235,9 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def neighbour() -> Iterator[None]:
-    """A process that keeps one core busy."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+    """A process that keeps one core busy, and ends when this one is gone."""
+    spinning = "import os\nwhile os.getppid() == {}:\n    for _ in range(1_000_000): pass"
+    with subprocess.Popen([sys.executable, "-c", spinning.format(os.getpid())]) as process:
         try:
             yield
         finally:
@@ -329,7 +330,7 @@ def contestants(args: argparse.Namespace) -> list[Contestant]:
         env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": threads}
         env |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}"}
         found.append(Worker("vllm", [args.vllm, str(ENGINES), "vllm", args.vllm_model], env))
-    return found
+    return [one for one in found if one.name not in args.without]
 
 
 def play(args: argparse.Namespace, wanted: Sequence[str]) -> Results:
@@ -426,6 +427,7 @@ def main() -> None:
         "--headrace", action="append", metavar="FLAGS", help="flags of Headrace; again for another entry"
     )
     parser.add_argument("--only-headrace", action="store_true", help="no peers")
+    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="leave this one out")
     parser.add_argument("--vllm", metavar="PYTHON")
     parser.add_argument("--vllm-model", metavar="FOLDER")
     parser.add_argument("--cases", default=",".join(NAMES), help=f"(default: {','.join(NAMES)})")

@@ -1,40 +1,41 @@
 """The door: parses the command line, assembles the rooms and starts them. The only place that may import every room.
 
 One file per command; each has `add(subparsers)` for its flags and `run(args)` for its work. Rooms are imported inside
-`run`, so that `headrace --help` does not wait for torch.
+`run`, so that `headrace --help` does not wait for torch; of the commands only the one that is asked for.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import headrace
-from headrace.cli import (
-    bench,
-    calibrate,
-    chat,
-    keys,
-    models,
-    plan,
-    pull,
-    replay,
-    reproduce,
-    serve,
-    simulate,
-    top,
-    tune,
-)
 from headrace.core.types import HeadraceError
 
-COMMANDS = (serve, keys, chat, top, bench, simulate, plan, tune, calibrate, replay, reproduce, pull, models)
+COMMANDS = {  # and the file of each
+    "serve": "serve",
+    "keys": "keys",
+    "run": "chat",
+    "top": "top",
+    "bench": "bench",
+    "simulate": "simulate",
+    "plan": "plan",
+    "tune": "tune",
+    "calibrate": "calibrate",
+    "replay": "replay",
+    "reproduce": "reproduce",
+    "pull": "pull",
+    "models": "models",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `headrace`. Returns the exit status: 0 fine, 1 a command that ran found failures, 2 bad input."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = parser(*words[:1]).parse_args(words)
     try:
         status: int = args.run(args)
         return status
@@ -45,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(only: str = "") -> argparse.ArgumentParser:
+    """Of this command; of all of them, if there is no such command."""
     top = argparse.ArgumentParser(prog="headrace", description=headrace.__doc__, formatter_class=Formatter)
     top.add_argument("--version", action="version", version=f"headrace {headrace.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for command in COMMANDS:
-        command.add(commands)
+    for name in [only] if only in COMMANDS else COMMANDS:
+        importlib.import_module(f"headrace.cli.{COMMANDS[name]}").add(commands)
     return top
 
 

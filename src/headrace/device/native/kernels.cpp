@@ -10,7 +10,12 @@
 namespace headrace {
 namespace {
 
+constexpr int64_t AHEAD = 2048;  // bytes of a panel that are fetched ahead: the hardware does not go beyond a page by itself
 constexpr int CHAIN = 64;  // inputs added up in one chain of FP32 and BF16 products: shorter chains err less
+
+INLINE void fetch(const uint8_t* at, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+}
 
 // ---- linear layers: some rows times one panel -----------------------------------------------------------------------
 
@@ -37,6 +42,7 @@ INLINE void integer_tile(const uint8_t* panel, int64_t groups, const Inputs& in,
         for (int r = 0; r < R; r++)
             for (int h = 0; h < H; h++) sums[r][h] = P::begin(in.sums[(row + r) * per_row + g]);
         const uint8_t* quads = panel + P::HEAD;
+        fetch(panel + AHEAD, P::HEAD + P::QUAD * QUADS);
 #pragma GCC unroll 8
         for (int quad = 0; quad < QUADS; quad++) {
             typename P::W weights[H];

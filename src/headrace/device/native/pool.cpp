@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <chrono>
 
 #if defined(__linux__)
@@ -40,7 +41,7 @@ void pin([[maybe_unused]] std::thread& thread, [[maybe_unused]] int core) {
 
 }  // namespace
 
-Pool::Pool(int threads, const int32_t* cores) {
+Pool::Pool(int threads, const int32_t* cores) : threads_(threads) {
     for (int worker = 1; worker < threads; worker++) {
         others_.emplace_back([this, worker] { serve(worker); });
         if (cores) pin(others_.back(), cores[worker]);
@@ -68,15 +69,17 @@ void Pool::run(const std::vector<Phase>& phases, Work work, void* context, int64
     }
 }
 
-// Do a chunk if there is one.
+// Do some chunks if there are any.
 bool Pool::take(int worker) {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
-    if (next_of(ticket) >= chunks_of(ticket)) return false;
-    if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) return true;  // somebody was faster
-    const size_t index = phase_of(ticket);  // stays the current phase until this chunk is done
+    const int32_t next = next_of(ticket), left = chunks_of(ticket) - next;
+    if (left <= 0) return false;
+    const int32_t count = std::max(1, left / (2 * threads_));
+    if (!ticket_.compare_exchange_weak(ticket, ticket + count, std::memory_order_acq_rel)) return true;  // somebody was faster
+    const size_t index = phase_of(ticket);  // stays the current phase until these chunks are done
     const Phase& phase = (*phases_)[index];
-    work_(context_, phase, next_of(ticket), worker);
-    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == phase.chunks) {
+    for (int32_t chunk = next; chunk < next + count; chunk++) work_(context_, phase, chunk, worker);
+    if (done_.fetch_add(count, std::memory_order_acq_rel) + count == phase.chunks) {
         const int64_t end_ns = now_ns();
         spent_[phase.kind] += end_ns - begin_ns_;
         begin_ns_ = end_ns;

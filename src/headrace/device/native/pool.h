@@ -1,9 +1,10 @@
 // Threads that work through a list of phases together: a phase begins when all chunks of the one before are done.
 //
-// Chunks are taken one at a time from one atomic word, so a core that is slow or busy with somebody else takes fewer.
+// Chunks are taken from one atomic word, many at a time while many are left and one at a time in the end: so neighbours
+// in memory are read in one go, and a core that is slow or busy with somebody else takes fewer.
 // Nobody waits for a thread, only for chunks: a thread that sleeps through a phase holds up no one.
 //
-//   ticket:  | phase | chunks | next |      next < chunks: take one by compare-and-swap, then do it
+//   ticket:  | phase | chunks | next |      next < chunks: take some by compare-and-swap, then do them
 //                                           the last chunk done: its thread publishes the next phase
 //
 // Waiting threads spin for some tens of microseconds and then sleep, so a neighbour loses little to them.
@@ -29,7 +30,7 @@ class Pool {
     using Work = void (*)(void* context, const Phase& phase, int32_t chunk, int worker);
     // Adds the nanoseconds of every phase to `spent`, indexed by kind. One run at a time.
     void run(const std::vector<Phase>& phases, Work work, void* context, int64_t* spent);
-    int threads() const { return int(others_.size()) + 1; }
+    int threads() const { return threads_; }
 
   private:
     bool take(int worker);
@@ -37,6 +38,7 @@ class Pool {
     void wait(uint64_t ticket);
     void serve(int worker);
 
+    const int threads_;
     std::vector<std::thread> others_;
     alignas(64) std::atomic<uint64_t> ticket_{0};
     alignas(64) std::atomic<int32_t> done_{0};
