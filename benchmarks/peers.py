@@ -31,7 +31,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -225,7 +225,8 @@ def peak_bytes(pid: int) -> float:
 
 def _stop(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
-    process.stdin.close()
+    with suppress(BrokenPipeError):  # it has ended by itself
+        process.stdin.close()
     try:
         process.wait(20)
     except subprocess.TimeoutExpired:

@@ -6,7 +6,8 @@ Run alone on the machine, some 25 minutes: python benchmarks/planner_live.py
     calibration | pulse | question 4 | pulse | question 9 | ... | pulse | calibration      one run of each, five times
                    '----- level -----'                                                     see benchmarks/accuracy.py
 
-    planner   bisection of the rate in virtual time, the same requests coming faster or slower
+    planner   bisection of the rate in virtual time, the same requests coming faster or slower, less the room that
+              `headrace simulate --sweep` leaves when it says what to plan for
     live      the same requests through the same scheduler in front of the real executor, first at the planner's rate,
               then at rates beside it until one holds and one does not, then where the line between them says. A run's
               stress is the 90th percentile of "what it took over what was promised"; the answer is the median of the
@@ -37,6 +38,7 @@ from headrace.core import clock
 from headrace.core.config import EngineSettings
 from headrace.core.types import SLO
 from headrace.sim.run import Site
+from headrace.sim.sweep import ROOM
 from headrace.workload import streams
 from headrace.workload.arrival import Arrival
 from headrace.workload.settings import WorkloadSettings, workload
@@ -131,7 +133,7 @@ def planned(priced: Site, live: Live, rows: Sequence[Arrival], slo: SLO) -> floa
         middle = sqrt(low * high)
         lives, _ = imagine(site, at_rate(rows, middle), 1)
         low, high = (middle, high) if stress(lives, slo, len(rows)) <= 1 else (low, middle)
-    return sqrt(low * high)
+    return (1 - ROOM) * sqrt(low * high)
 
 
 def next_rate(first: float, runs: Sequence[tuple[float, float]]) -> float:

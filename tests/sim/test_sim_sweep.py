@@ -71,6 +71,7 @@ def test_the_edge_is_between_what_holds_and_what_does_not() -> None:
     assert above[0].rate - sweep.highest.rate <= 2 * PRECISION * above[0].rate
     words = verdict(scenario, scenario.site(), sweep.points[0].report, sweep)
     assert f"AT MOST {sweep.highest.rate:.3g} requests/s; beyond that" in words
+    assert f"Plan for {0.95 * sweep.highest.rate:.3g}:" in words
     assert words.startswith("HOLDS: TTFT <= 1.0 s for 0.99 of the requests")
 
 

@@ -25,6 +25,7 @@ from headrace.workload.arrival import Arrival
 Watch = Callable[[Iterator[Arrival]], Iterator[Arrival]]
 
 PRECISION = 0.01  # relative width of the interval at which a bisection ends
+ROOM = 0.05  # of the highest rate, to be left free: by so much prices of steps may be off (`make accuracy`)
 
 
 def answer(scenario: Scenario, processes: int = 1, watch: Watch = iter) -> Report:
@@ -84,6 +85,11 @@ class Sweep:
 
     points: tuple[Point, ...]
     highest: Point | None  # the highest load found to keep the promises, below all that were found not to
+
+    @property
+    def planned_rate(self) -> float | None:
+        """What to plan for, in requests per second: the edge itself would be missed half of the time."""
+        return None if self.highest is None else (1 - ROOM) * self.highest.rate
 
 
 def highest(

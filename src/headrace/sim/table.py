@@ -13,7 +13,7 @@ from headrace.sim.run import Report, Site
 from headrace.sim.scenario import Scenario, convention
 from headrace.sim.sketch import Course, Sketch
 from headrace.sim.stats import Totals
-from headrace.sim.sweep import Sweep, attained
+from headrace.sim.sweep import ROOM, Sweep, attained
 from headrace.workload.settings import WorkloadSettings
 
 LABELS: Mapping[str, str] = {
@@ -122,7 +122,8 @@ def _most(site: Site, sweep: Sweep) -> str:
     if sweep.highest.rate == high:
         return f"AT MOST more than {high:g} requests/s: even the highest load of the sweep holds."
     beyond = next(point for point in sweep.points if point.rate > sweep.highest.rate)
-    return f"AT MOST {sweep.highest.rate:.3g} requests/s; beyond that {_limit(site, beyond.report.totals)}."
+    edge = f"AT MOST {sweep.highest.rate:.3g} requests/s; beyond that {_limit(site, beyond.report.totals)}."
+    return f"{edge} Plan for {sweep.planned_rate:.3g}: the price of a step may be off by {ROOM:.0%}."
 
 
 def _limit(site: Site, totals: Totals) -> str:
@@ -189,6 +190,7 @@ def as_json(named: Sequence[tuple[str, Report]], sweep: Sweep | None) -> str:
     }
     if sweep is not None:
         found["highest_rate"] = sweep.highest.rate if sweep.highest else None
+        found["planned_rate"] = sweep.planned_rate
         found["sweep"] = [
             {"rate": point.rate, "holds": point.holds, **numbers(point.report.totals)} for point in sweep.points
         ]
