@@ -27,7 +27,8 @@ async def starts(setting: Setting) -> Found:
         ready_s = time.monotonic() - begin
         taken = ("--port", server.url.rpartition(":")[2])
         refused = [await asyncio.to_thread(refusing, setting.model, flags) for flags in (*_BAD, taken)]
-    helps = {name: await asyncio.to_thread(helping, name) for name in COMMANDS}
+    tries = 1 if setting.short else 3
+    helps = {name: await asyncio.to_thread(helping, name, tries) for name in COMMANDS}
     slow = max(helps, key=lambda name: helps[name])
     slowest = max(seconds for seconds, _, _ in refused)
     slack = setting.slack
@@ -38,10 +39,10 @@ async def starts(setting: Setting) -> Found:
     return Found("; ".join([told, *wrong]), held)
 
 
-def helping(command: str) -> float:
-    """Seconds of `headrace COMMAND --help` beyond an interpreter that does nothing, the best of three."""
+def helping(command: str, tries: int) -> float:
+    """Seconds of `headrace COMMAND --help` beyond an interpreter that does nothing, the best of some tries."""
     asking = [*HEADRACE, command, "--help"]
-    return min(run_s(asking) - run_s([sys.executable, "-c", "pass"]) for _ in range(3))
+    return min(run_s(asking) - run_s([sys.executable, "-c", "pass"]) for _ in range(tries))
 
 
 def run_s(command: list[str]) -> float:

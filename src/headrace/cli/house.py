@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from headrace.cli.assemble import Planned, Watched, find_model
+from headrace.cli.assemble import Planned, find_model
 from headrace.core import clock
 from headrace.core.config import Bytes, EngineSettings
 from headrace.core.facts import Expected, LoadFacts, ModelFacts
@@ -35,6 +35,7 @@ from headrace.engine.residence import Sizes
 from headrace.engine.watch import Watch
 
 if TYPE_CHECKING:
+    from headrace.cli.assemble import Watched
     from headrace.device.executor import ModelExecutor
     from headrace.device.grammar import Grammars
     from headrace.engine.loop import Engine
