@@ -2,6 +2,7 @@
 # make serve     install, then serve the embedded model on http://127.0.0.1:8000
 # make native    build the native kernels again, in place
 # make test      the default tests: no GPU, no network, some minutes
+# make compiled  a wheel with the scheduler and the simulator compiled, in .venv-compiled, and their tests there
 # make accuracy  the simulator against the live engine on this machine, a quarter of an hour, alone
 # make peers     llama.cpp and OpenVINO in an environment of their own, for benchmarks/peers.py; some minutes
 # make clients   the official clients, each in an environment of its own, against a real server
@@ -14,10 +15,11 @@ PORT ?= 8000
 MODEL ?= smollm2
 PEERS ?= .venv-peers
 VENV := .venv
+PURE := tests/core tests/engine tests/cluster tests/workload tests/sim tests/parity
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install native serve test test-slow accuracy peers clients conformance reliability fuzz check docs clean
+.PHONY: install native serve test test-slow compiled accuracy peers clients conformance reliability fuzz check docs clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/installed
@@ -41,6 +43,12 @@ test: install
 
 test-slow: install
 	@scripts/phase "slow tests" $(BIN)/python -m pytest -m slow
+
+compiled: install
+	@rm -rf build/wheel
+	@scripts/phase "compile a wheel" env HEADRACE_COMPILED=1 $(PIP) wheel -q --no-deps --no-build-isolation -w build/wheel .
+	@scripts/phase "install it" scripts/compiled_environment .venv-compiled $(VENV) build/wheel/headrace-*.whl
+	@scripts/phase "its tests" .venv-compiled/bin/python -m pytest -n logical --maxprocesses 8 $(PURE)
 
 accuracy: install
 	@$(BIN)/python benchmarks/accuracy.py

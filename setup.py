@@ -1,8 +1,11 @@
 """Builds the native kernels beside the package, once per variant; without a C++ compiler the package installs without
-them and computes with torch."""
+them and computes with torch. A wheel made with HEADRACE_COMPILED=1 also has compiled what a simulation does in every
+step; see `make compiled`."""
 
+import os
 import platform
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -17,10 +20,24 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS["avx512"] = ["-DHEADRACE_AVX512", *eight, *sixteen]
 
 
+COMPILES = bool(os.environ.get("HEADRACE_COMPILED"))  # noqa: TID251 - nothing is installed yet
+
+# What the scheduler and a simulated step are made of: plain Python without asyncio, compiled by mypyc as it is.
+COMPILED = [
+    *("core/keys.py", "core/events.py", "core/step.py", "core/types.py"),
+    *("engine/beats.py", "engine/memory.py", "engine/planner.py", "engine/pool.py", "engine/prefix.py"),
+    *("engine/progress.py", "engine/queue.py", "engine/scheduler.py", "engine/policies/*.py"),
+    *("sim/cost/batch.py", "sim/cost/linear.py", "sim/executor.py"),
+    *("sim/gaps.py", "sim/sketch.py", "sim/spent.py", "sim/stats.py", "workload/arrival.py"),
+]
+
+
 class Build(build_ext):
     """One library out of sources that need different flags."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext is not KERNELS:
+            return super().build_extension(ext)
         objects = []
         for source in ext.sources:
             objects += self._compiled(source, [], "")
@@ -38,6 +55,8 @@ class Build(build_ext):
         try:
             super().run()
         except Exception as error:  # no compiler, or one that does not know the flags
+            if COMPILES:
+                raise
             print(f"headrace is built without its native kernels: {error}", file=sys.stderr)  # noqa: T201
 
 
@@ -51,4 +70,23 @@ KERNELS = Extension(
     optional=True,
 )
 
-setup(ext_modules=[KERNELS], cmdclass={"build_ext": Build})
+
+def compiled() -> list[Extension]:
+    """Nothing in a checkout: a compiled module would hide every later edit of its source."""
+    if {"develop", "editable_wheel", "--inplace"} & {*sys.argv}:
+        sys.exit("HEADRACE_COMPILED is for wheels: a checkout would go on running what was compiled, whatever you edit")
+    from mypyc.build import mypycify
+
+    sources = [str(path) for pattern in COMPILED for path in sorted(Path("src/headrace").glob(pattern))]
+    return mypycify(sources, opt_level="3", debug_level="0")
+
+
+if COMPILES:
+    # not where other builds leave what they built: it would end in their wheels
+    setup(
+        ext_modules=[KERNELS, *compiled()],
+        cmdclass={"build_ext": Build},
+        options={"build": {"build_base": "build/compiled"}},
+    )
+else:
+    setup(ext_modules=[KERNELS], cmdclass={"build_ext": Build})

@@ -6,8 +6,8 @@ Run alone on the machine, some 25 minutes: python benchmarks/planner_live.py
     calibration | pulse | question 4 | pulse | question 9 | ... | pulse | calibration      one run of each, five times
                    '----- level -----'                                                     see benchmarks/accuracy.py
 
-    planner   bisection of the rate in virtual time, the same requests coming faster or slower, less the room that
-              `headrace simulate --sweep` leaves when it says what to plan for
+    planner   bisection of the rate in virtual time, the same requests coming faster or slower, with the room that
+              `headrace simulate --sweep` leaves when it says what to plan for: every step might take 5 % longer
     live      the same requests through the same scheduler in front of the real executor, first at the planner's rate,
               then at rates beside it until one holds and one does not, then where the line between them says. A run's
               stress is the 90th percentile of "what it took over what was promised"; the answer is the median of the
@@ -127,13 +127,13 @@ def taken(life: Life, slo: SLO) -> float:
 
 
 def planned(priced: Site, live: Live, rows: Sequence[Arrival], slo: SLO) -> float:
-    """What the planner says, with these prices."""
+    """What the planner says, with these prices: see `sim.sweep`."""
     site, low, high = replace(priced, settings=live.settings, token_budget=live.token_budget), LOW, HIGH
     for _ in range(SIM_ROUNDS):
         middle = sqrt(low * high)
         lives, _ = imagine(site, at_rate(rows, middle), 1)
-        low, high = (middle, high) if stress(lives, slo, len(rows)) <= 1 else (low, middle)
-    return (1 - ROOM) * sqrt(low * high)
+        low, high = (middle, high) if stress(lives, slo, len(rows)) <= 1 / (1 + ROOM) else (low, middle)
+    return sqrt(low * high) / (1 + ROOM)
 
 
 def next_rate(first: float, runs: Sequence[tuple[float, float]]) -> float:

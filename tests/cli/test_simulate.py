@@ -30,7 +30,7 @@ def test_a_question_and_its_answer(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "requests/s: p99 TTFT" in printed.err
     assert "Goodput" in page.read_text()
     found = json.loads(numbers.read_text())
-    assert found["planned_rate"] == 0.95 * found["highest_rate"]
+    assert 0.5 * found["highest_rate"] < found["planned_rate"] <= found["highest_rate"] / 1.05
     assert found["highest_rate"] == max(point["rate"] for point in found["sweep"] if point["holds"])
     assert found["simulations"][0]["requests completed"] == 80
 

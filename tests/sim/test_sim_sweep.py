@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from headrace.core.config import BadSetting, EngineSettings
@@ -10,7 +12,7 @@ from headrace.sim.run import Report
 from headrace.sim.scenario import Scenario
 from headrace.sim.settings import SimulateSettings
 from headrace.sim.stats import Totals
-from headrace.sim.sweep import PRECISION, answer, answers, attained, curve, highest
+from headrace.sim.sweep import PRECISION, ROOM, answer, answers, attained, curve, highest
 from headrace.sim.table import compare, load, numbers, table, verdict
 from headrace.sim.workers import WorkerFailed, forked, here
 from headrace.workload.settings import WorkloadSettings
@@ -71,8 +73,23 @@ def test_the_edge_is_between_what_holds_and_what_does_not() -> None:
     assert above[0].rate - sweep.highest.rate <= 2 * PRECISION * above[0].rate
     words = verdict(scenario, scenario.site(), sweep.points[0].report, sweep)
     assert f"AT MOST {sweep.highest.rate:.3g} requests/s; beyond that" in words
-    assert f"Plan for {0.95 * sweep.highest.rate:.3g}:" in words
+    assert sweep.planned_rate is not None and sweep.planned_rate <= sweep.highest.rate / (1 + ROOM)
+    assert f"Plan for {sweep.planned_rate:.3g}: that holds even if every step takes 5% longer." in words
     assert words.startswith("HOLDS: TTFT <= 1.0 s for 0.99 of the requests")
+
+
+def test_what_to_plan_for_where_the_edge_hangs_by_a_hair() -> None:
+    """Steps of eight requests take a little less than is promised a token: any rate holds, on this very machine."""
+    few = EngineSettings(max_running=8)
+    full = curve(replace(asked(slo="tpot=1.0"), engine=few), [60.0], here)[0].report
+    slowest_s = full.totals.tpot_s.quantile(1.0)
+    assert slowest_s is not None
+    scenario = replace(asked(slo=f"tpot={1.01 * slowest_s}", attain=1.0), engine=few)
+    sweep = highest(scenario, 0.05, 60.0, here)
+    assert sweep.highest is not None and sweep.highest.rate == 60.0
+    assert sweep.planned_rate is not None and sweep.planned_rate < 0.9 * sweep.highest.rate
+    [point] = curve(replace(scenario, margin=1 - 1 / (1 + ROOM)), [(1 + ROOM) * sweep.planned_rate], here)
+    assert point.holds
 
 
 @pytest.mark.parametrize(("low", "high", "words"), [(0.1, 0.2, "even the highest"), (500.0, 900.0, "even the lowest")])

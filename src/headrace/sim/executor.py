@@ -223,11 +223,12 @@ class SimulatedExecutor:
         """Who draws a stop token, or several tokens. `_beats` counts those of this plan too."""
         alone = {work.request_id: self._draws_alone(work) for work in plan.others if work.sample}
         drawn = {request_id: sampled for request_id, sampled in alone.items() if sampled is not None}
-        ending = plan.beat is not None or len(plan.lanes) == 1  # a beat that is under way in another lane is not over
-        while ending and self._ends and self._ends[0][0] < self._beats:
-            end = heappop(self._ends)
-            if self._holds(end):
-                drawn.setdefault(end[2].request_id, _STOP)
+        if plan.beat is None and len(plan.lanes) > 1:
+            return drawn  # a beat that is under way in another lane is not over
+        while self._ends and self._ends[0][0] < self._beats:
+            last_beat, _, answer = heappop(self._ends)
+            if answer.last_beat == last_beat:
+                drawn.setdefault(answer.request_id, _STOP)
         return drawn
 
     def _draws_alone(self, work: Work) -> Sampled | None:

@@ -7,7 +7,7 @@ monotone but for the noise of the tail.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -25,7 +25,7 @@ from headrace.workload.arrival import Arrival
 Watch = Callable[[Iterator[Arrival]], Iterator[Arrival]]
 
 PRECISION = 0.01  # relative width of the interval at which a bisection ends
-ROOM = 0.05  # of the highest rate, to be left free: by so much prices of steps may be off (`make accuracy`)
+ROOM = 0.05  # by which steps may take longer than their price says (`make accuracy`), and promises are to be kept yet
 
 
 def answer(scenario: Scenario, processes: int = 1, watch: Watch = iter) -> Report:
@@ -85,11 +85,9 @@ class Sweep:
 
     points: tuple[Point, ...]
     highest: Point | None  # the highest load found to keep the promises, below all that were found not to
-
-    @property
-    def planned_rate(self) -> float | None:
-        """What to plan for, in requests per second: the edge itself would be missed half of the time."""
-        return None if self.highest is None else (1 - ROOM) * self.highest.rate
+    planned_rate: (
+        float | None
+    )  # requests per second that a machine slower by ROOM holds too; None: fewer than all these
 
 
 def highest(
@@ -114,15 +112,38 @@ def highest(
         return tried
 
     first, last = attempt([low, high])
-    if not first.holds or last.holds:
-        return Sweep((first, last), last if last.holds else None)
+    if not first.holds:
+        return Sweep((first, last), None, None)
+    edge = high if last.holds else _bisected(attempt, low, high, at_once)
+    points.sort(key=lambda point: point.rate)
+    found = next(point for point in points if point.rate == edge)
+    return Sweep(tuple(points), found, _planned(scenario, low, edge, each, at_once))
+
+
+def _planned(scenario: Scenario, low: float, edge: float, each: Each, at_once: int) -> float | None:
+    """What a machine holds whose steps take 1 + ROOM times as long. That is this machine with another second: its
+    promises are as much tighter, its arrivals as much closer. Where a promise hardly depends on the rate, the edge
+    says little, and this is far below it."""
+    slower = replace(scenario, margin=1 - (1 - scenario.margin) / (1 + ROOM))
+
+    def attempt(rates: Sequence[float]) -> tuple[Point, ...]:
+        return curve(slower, rates, each)
+
+    near = max(low, (1 - 2 * ROOM) * edge)
+    for rate, above in ((edge, None), (near, edge), (low, near)):
+        if attempt([rate])[0].holds:
+            return (rate if above is None else _bisected(attempt, rate, above, at_once)) / (1 + ROOM)
+    return None
+
+
+def _bisected(attempt: Callable[[Sequence[float]], Sequence[Point]], low: float, high: float, at_once: int) -> float:
+    """Between a rate that holds and one that does not: the highest that was tried and holds, to PRECISION."""
     while high - low > PRECISION * high:
         width = (high - low) / (at_once + 1)
         tried = attempt([low + width * (part + 1) for part in range(at_once)])
         high = next((point.rate for point in tried if not point.holds), high)
         low = max([low, *(point.rate for point in tried if point.holds and point.rate < high)])
-    points.sort(key=lambda point: point.rate)
-    return Sweep(tuple(points), next(point for point in points if point.rate == low))
+    return low
 
 
 def curve(

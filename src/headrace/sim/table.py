@@ -120,10 +120,15 @@ def _most(site: Site, sweep: Sweep) -> str:
     if sweep.highest is None:
         return f"AT MOST less than {low:g} requests/s: even the lowest load of the sweep does not hold."
     if sweep.highest.rate == high:
-        return f"AT MOST more than {high:g} requests/s: even the highest load of the sweep holds."
+        return f"AT MOST more than {high:g} requests/s: even the highest load of the sweep holds.{_plan(sweep)}"
     beyond = next(point for point in sweep.points if point.rate > sweep.highest.rate)
     edge = f"AT MOST {sweep.highest.rate:.3g} requests/s; beyond that {_limit(site, beyond.report.totals)}."
-    return f"{edge} Plan for {sweep.planned_rate:.3g}: the price of a step may be off by {ROOM:.0%}."
+    return edge + _plan(sweep)
+
+
+def _plan(sweep: Sweep) -> str:
+    rate = f"less than {sweep.points[0].rate:g}" if sweep.planned_rate is None else f"{sweep.planned_rate:.3g}"
+    return f" Plan for {rate}: that holds even if every step takes {ROOM:.0%} longer."
 
 
 def _limit(site: Site, totals: Totals) -> str:
