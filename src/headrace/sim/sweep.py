@@ -52,7 +52,7 @@ def answers(
     """One report per scenario; `heard` is called with each as it comes. Raises WorkerFailed."""
     reports: dict[int, Report] = {}
     for at, encoded in each(answered, [scenario.to_json() for scenario in scenarios]):
-        reports[at] = msgspec.msgpack.decode(encoded, type=Report, dec_hook=lambda kind, state: kind.of(state))
+        reports[at] = msgspec.msgpack.decode(encoded, type=Report, dec_hook=lambda kind, state: kind.of(tuple(state)))
         heard(at, reports[at])
     return [reports[at] for at in range(len(scenarios))]
 
