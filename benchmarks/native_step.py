@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,28 +22,28 @@ import torch
 from headrace.core import config
 from headrace.core.shape import BF16, FP32, Q4, Q8
 from headrace.device import sources
-from headrace.device.attention import Rows
 from headrace.device.checkpoint import Checkpoint, open_checkpoint
-from headrace.device.executor import Forward
-from headrace.device.forward import TorchForward
-from headrace.device.kvstore import KVStore
-from headrace.device.linear import Linears
-from headrace.device.llama import Llama, LlamaConfig
+from headrace.device.forward import Rows
 from headrace.device.native.forward import KV_KINDS, NativeForward, kv_store
 from headrace.device.native.weights import Packer, pack
+from headrace.device.reference.forward import TorchForward
+from headrace.device.reference.linear import Linears
+from headrace.device.reference.llama import Llama, LlamaConfig
+from headrace.device.reference.tensorstore import TensorStore
 
+AnyForward = NativeForward | TorchForward
 BLOCK_TOKENS = 16
 FORMATS = {"fp32": FP32, "bf16": BF16, "q8": Q8, "q4": Q4, "file": None}
 
 
-def forward_of(checkpoint: Checkpoint, kind: str, kv: str, blocks: int, threads: int) -> Forward:
+def forward_of(checkpoint: Checkpoint, kind: str, kv: str, blocks: int, threads: int) -> AnyForward:
     model = LlamaConfig.from_hf(checkpoint.config)
     if kind == "torch":
         cpu = torch.device("cpu")
         linears = Linears(torch.float32, cpu)
         with torch.inference_mode():
             llama = Llama(model, checkpoint.tensor, linears.pack, torch.float32, cpu, linears.padded)
-        return TorchForward(llama, linears, KVStore(model.shape, blocks, BLOCK_TOKENS, torch.float32, cpu))
+        return TorchForward(llama, linears, TensorStore(model.shape, blocks, BLOCK_TOKENS, torch.float32, cpu))
     packer = Packer(checkpoint.tensors, FORMATS[kind], threads)
     stored = next(each for each in KV_KINDS if each.name == ("fp32" if kind == "fp32" else kv))
     store = kv_store(model.shape, blocks, BLOCK_TOKENS, stored)
@@ -50,10 +51,10 @@ def forward_of(checkpoint: Checkpoint, kind: str, kv: str, blocks: int, threads:
 
 
 @torch.inference_mode()
-def step(forward: Forward, spans: Sequence[Rows], ids: list[int]) -> tuple[float, float]:
+def step(forward: AnyForward, spans: Sequence[Rows], ids: list[int]) -> tuple[float, float]:
     """Wall and processor seconds of one step with greedy tokens for the last row of every span."""
     begin, cpu = time.perf_counter(), time.process_time()
-    hidden = forward.layers(spans, 0, forward.shape.layers, ids, None)
+    hidden: Any = forward.layers(spans, 0, forward.shape.layers, ids, None)
     forward.logits(hidden, np.array([span.first_row + span.count - 1 for span in spans])).argmax(-1)
     return time.perf_counter() - begin, time.process_time() - cpu
 

@@ -14,7 +14,7 @@ import tiny_model
 
 from headrace.cli import main, parser
 from headrace.cli.quality import formats
-from headrace.device import speed
+from headrace.device.reference import speed
 
 SMALL = ("--kv-memory", "8MiB", "--threads", "1", "--max-running", "8")
 

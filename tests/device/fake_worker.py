@@ -69,6 +69,8 @@ class Executor:
 
 
 class Encoder:
+    loaded, nbytes = True, 0
+
     def step(self, sequences: Any) -> list[bytes]:
         return [bytes(sequence) for sequence in sequences]
 

@@ -46,10 +46,10 @@ from tokenizers import Tokenizer  # noqa: E402
 from headrace.cli.assemble import text_of  # noqa: E402
 from headrace.device import gguf  # noqa: E402
 from headrace.device.checkpoint import open_checkpoint  # noqa: E402
-from headrace.device.llama import Llama, LlamaConfig  # noqa: E402
 from headrace.device.modelfile import BadModelFile  # noqa: E402
 from headrace.device.native.forward import why_not  # noqa: E402
 from headrace.device.native.weights import Packer, pack  # noqa: E402
+from headrace.device.reference.llama import Llama, LlamaConfig  # noqa: E402
 from headrace.gateway.text import BadTokenizer  # noqa: E402
 
 MOST_MORE_BYTES = 256 << 20  # of address space, for any mutant of a file of some 100 KiB

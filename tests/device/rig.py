@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from headrace.core.config import EngineSettings
@@ -17,13 +18,13 @@ from headrace.core.step import DEVICE, HOST
 from headrace.core.types import Output, Request, Sampling, TokenLogprob, Tokens
 from headrace.device.checkpoint import Tensors
 from headrace.device.executor import ModelExecutor
-from headrace.device.forward import TorchForward
 from headrace.device.hosttier import HostTier
-from headrace.device.kvstore import KVStore
-from headrace.device.linear import Linears
-from headrace.device.llama import Llama, LlamaConfig
 from headrace.device.native.forward import NativeForward, kv_store
 from headrace.device.native.weights import Packer, pack
+from headrace.device.reference.forward import TorchForward
+from headrace.device.reference.linear import Linears
+from headrace.device.reference.llama import Llama, LlamaConfig
+from headrace.device.reference.tensorstore import TensorStore
 from headrace.engine.scheduler import Scheduler
 
 BLOCK_TOKENS = 16
@@ -47,10 +48,10 @@ class Model:
 
     def executor(self, blocks: int, host_blocks: int = 0) -> ModelExecutor:
         shape = self.llama.config.shape
-        store = KVStore(shape, blocks, BLOCK_TOKENS, torch.float32, CPU)
+        store = TensorStore(shape, blocks, BLOCK_TOKENS, torch.float32, CPU)
         tiers = {"layers": shape.layers, "host_blocks": host_blocks}
         capacity = Capacity(blocks, BLOCK_TOKENS, shape.max_context_tokens, shape.vocab, **tiers)
-        host = HostTier(store, host_blocks) if host_blocks else None
+        host = HostTier(store.planes, host_blocks) if host_blocks and store.planes else None
         return ModelExecutor(TorchForward(self.llama, self.linears, store), capacity, host=host)
 
 
@@ -66,6 +67,17 @@ class Given:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensor(name).shape)
+
+    def array(self, name: str) -> np.ndarray:
+        return as_array(self.tensor(name))
+
+    def release(self) -> None:
+        """Nothing is a file's."""
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """As `headrace.device.arrays` has it."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 class NativeModel:

@@ -31,7 +31,8 @@ from headrace.core.step import Lane, StepPlan
 from headrace.core.types import FinishReason, HeadraceError, Output
 from headrace.device import wire
 from headrace.device.apart import ApartExecutor, Launch, NotLoaded, StepFailed
-from headrace.device.kvstore import Kept, KVStore
+from headrace.device.kvstore import Kept
+from headrace.device.reference.tensorstore import TensorStore
 from headrace.engine.loop import Engine
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.watch import Watch
@@ -273,17 +274,17 @@ def test_a_lost_process_is_an_error_of_its_own(folder: Path) -> None:
 def test_kv_in_kept_memory_outlives_the_store_that_wrote_it() -> None:
     fd = os.memfd_create("kv")
     try:
-        first = KVStore(SHAPE, 4, 16, torch.float32, CPU, Kept(fd))
+        first = TensorStore(SHAPE, 4, 16, torch.float32, CPU, Kept(fd))
         keys, values = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
         first.write(1, torch.tensor([0, 17, 63]), keys, values)
         del first
-        again = KVStore(SHAPE, 4, 16, torch.float32, CPU, Kept(fd, good=True))
+        again = TensorStore(SHAPE, 4, 16, torch.float32, CPU, Kept(fd, good=True))
         assert torch.equal(again.keys[1][:, [0, 17, 63]], keys.transpose(0, 1))
         assert torch.equal(again.values[1][:, [0, 17, 63]], values.transpose(0, 1))
         assert not again.keys[0].any() and not again.values[0].any()
         with pytest.raises(HeadraceError, match="kept"):
-            KVStore(SHAPE, 400, 16, torch.float32, CPU, Kept(fd, good=True))
-        emptied = KVStore(SHAPE, 4, 16, torch.float32, CPU, Kept(fd))
+            TensorStore(SHAPE, 400, 16, torch.float32, CPU, Kept(fd, good=True))
+        emptied = TensorStore(SHAPE, 4, 16, torch.float32, CPU, Kept(fd))
         assert not emptied.keys[1].any()
     finally:
         os.close(fd)

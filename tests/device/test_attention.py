@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.core.shape import ModelShape
-from headrace.device.attention import Rows, TiledAttention
-from headrace.device.kvstore import KVStore
+from headrace.device.forward import Rows
+from headrace.device.reference.attention import TiledAttention
+from headrace.device.reference.tensorstore import TensorStore
 
 CPU = torch.device("cpu")
 SCALE = 0.3
@@ -28,7 +29,7 @@ class Paged:
     def __init__(self, model: ModelShape, requests: int, seed: int = 0) -> None:
         per_request = -(-POSITIONS // BLOCK)
         rng = np.random.default_rng(seed)
-        self.store = KVStore(model, requests * per_request, BLOCK, torch.float32, CPU)
+        self.store = TensorStore(model, requests * per_request, BLOCK, torch.float32, CPU)
         self.tables = rng.permutation(requests * per_request).reshape(requests, per_request).astype(np.int64)
         self.kernel = TiledAttention(model, SCALE, self.store, CPU)
         generator = torch.Generator().manual_seed(seed)

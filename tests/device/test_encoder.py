@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from headrace.core.config import home
 from headrace.device import sources
-from headrace.device.bert import BertConfig
 from headrace.device.encoder import open_encoder
 from headrace.device.modelfile import BadModelFile
+from headrace.device.reference.bert import BertConfig
 
 PATH = sources.resolve(sources.EMBEDDING_DEFAULT, home())
 ENCODER, TOKENIZER_JSON = open_encoder(PATH, "minilm")

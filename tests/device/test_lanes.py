@@ -17,7 +17,7 @@ from headrace.core.config import EngineSettings
 from headrace.core.events import Event
 from headrace.core.step import Lane, StepPlan, StepResult
 from headrace.core.types import Output, Request, Sampling
-from headrace.device.lanes import Workers, divided
+from headrace.device.reference.lanes import Workers, divided
 from headrace.engine.loop import Engine
 from headrace.engine.policies.lanes import Measured
 from headrace.engine.policy import choose

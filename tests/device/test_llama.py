@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from headrace.core.types import HeadraceError
-from headrace.device.llama import _ACTIVATIONS, Llama, LlamaConfig, _Norm
-from headrace.device.rope import Rope, Rotary
+from headrace.device.reference.llama import _ACTIVATIONS, Llama, LlamaConfig, _Norm
+from headrace.device.reference.rotary import Rotary
+from headrace.device.rope import Rope
 
 CPU = torch.device("cpu")
 TOKENS = 100  # more than every window and every trained context below

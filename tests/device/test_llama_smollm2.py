@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from headrace.core.types import Sampling
 from headrace.device.checkpoint import Checkpoint
-from headrace.device.llama import Llama
+from headrace.device.reference.llama import Llama
 
 PROMPTS = (
     "A headrace is the channel that",

@@ -22,11 +22,11 @@ from headrace.core.config import DeviceSettings
 from headrace.core.shape import BF16, FP32, KV_BF16, KV_FP32, KV_INT8, Q4, Q8, KVFormat, WeightFormat
 from headrace.core.types import HeadraceError
 from headrace.device import load as loading
-from headrace.device.attention import Rows
 from headrace.device.checkpoint import Checkpoint
-from headrace.device.llama import LlamaConfig
+from headrace.device.forward import Rows
 from headrace.device.native import library
 from headrace.device.native.forward import NativeForward, OutOfBounds, shared_tiles, why_not
+from headrace.device.reference.llama import LlamaConfig
 
 HERE = [name for name in library.VARIANTS if library.variant(name)]
 DENSE = {
@@ -50,7 +50,7 @@ def logits(model: NativeForward, works: list[tuple[int, int, int]], ids: list[li
     rows = spans(works)
     tokens = [token for request, start, count in works for token in ids[request][start : start + count]]
     hidden = model.layers(rows, 0, model.shape.layers, tokens, None)
-    return model.logits(hidden, np.arange(len(tokens))).clone()
+    return torch.from_numpy(model.logits(hidden, np.arange(len(tokens))).copy())
 
 
 def some_ids(vocab: int, requests: int = 8, tokens: int = 200) -> list[list[int]]:
@@ -119,7 +119,7 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(kv: KVFormat) -> None:
         return [Rows(row * count, start, count, tables[n]) for row, n in enumerate(which)]
 
     def run(spans: list[Rows], start: int, count: int) -> torch.Tensor:
-        return model.layers(spans, 0, 3, ids[start : start + count] * len(spans), None)
+        return torch.from_numpy(model.layers(spans, 0, 3, ids[start : start + count] * len(spans), None))
 
     for n in range(12):
         run(rows([n], 0, 160), 0, 160)
@@ -148,7 +148,7 @@ def test_nothing_outside_of_memory_is_touched(change: dict[str, Any]) -> None:
         ids: Sequence[int] = (7,) * 33, layers: tuple[int, int] = (0, 3), asked: Sequence[int] = (0, 32),
     ) -> None:  # fmt: skip
         rows = Rows(row, start, count, np.array(table, dtype=np.int64))
-        x = torch.zeros(34, model.shape.hidden) if layers[0] > 0 else None
+        x = np.zeros((34, model.shape.hidden), np.float32) if layers[0] > 0 else None
         model.logits(model.layers([rows], *layers, ids, x), np.array(asked))
 
     run()
@@ -162,7 +162,7 @@ def test_a_file_s_own_blocks_are_not_rounded_again(smollm2_checkpoint: Checkpoin
     assert model.packer.bits.keys() == {"q4", "q8"}
     ids = [0, 1, 31, 32, 777, 49151]
     embedding = smollm2_checkpoint.tensor("model.embed_tokens.weight")[ids]
-    assert torch.equal(model.forward(128).layers(spans([(0, 0, 6)]), 0, 0, ids, None), embedding)
+    assert np.array_equal(model.forward(128).layers(spans([(0, 0, 6)]), 0, 0, ids, None), embedding)
     assert model.packer.nbytes < 1.01 * smollm2_checkpoint.file_bytes
 
 

@@ -19,9 +19,8 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from headrace.device.encoder import TorchEncoder, is_encoder, open_encoder
+from headrace.device.encoder import MOST_TOKENS, Encoder, is_encoder, open_encoder
 from headrace.device.modelfile import BadModelFile
-from headrace.device.reader import MOST_TOKENS
 
 FAMILIES = ("llama", "mistral", "qwen3, windows, biases", "qwen3_moe", "gemma3")
 POOLINGS = {"mean_tokens": lambda states: states.mean(0), "cls_token": lambda states: states[0]}
@@ -43,7 +42,7 @@ def folder_of(model: Any, folder: Path, pooling: str | None = "lasttoken", *modu
     return folder
 
 
-def vectors(encoder: TorchEncoder, sequences: Sequence[Sequence[int]]) -> Tensor:
+def vectors(encoder: Encoder, sequences: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack([torch.frombuffer(bytearray(vector), dtype=torch.float32) for vector in encoder.step(sequences)])
 
 

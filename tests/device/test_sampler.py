@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.core.types import Sampling
-from headrace.device.sampler import Row, sample, uniform
+from headrace.device.reference.draws import sample
+from headrace.device.sampler import Row, uniform
 
 VOCAB = 3000
 

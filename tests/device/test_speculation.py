@@ -17,7 +17,8 @@ from test_metamorphic import alone, requests
 from headrace.core.config import EngineSettings
 from headrace.core.step import Admitted, StepPlan, Work
 from headrace.core.types import Request, Sampling
-from headrace.device.sampler import Row, joined, sample
+from headrace.device.reference.draws import sample
+from headrace.device.sampler import Row, joined
 
 LOOKUP = EngineSettings(speculate="lookup", draft_control="always", draft_tokens=5)
 

@@ -245,7 +245,7 @@ def test_no_url_of_a_client_is_ever_followed() -> None:
 @pytest.mark.parametrize("value", [-1, -(2**31), -(2**63), 2**63, 2**64 - 1, 1.5, "8", True, None, [8]])
 def test_no_number_of_a_config_is_believed(value: Any, tmp_path: Path) -> None:
     """CVE-2026-21869, CVE-2026-7482: negative counts, offsets beyond the file."""
-    from headrace.device.llama import LlamaConfig
+    from headrace.device.reference.llama import LlamaConfig
 
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "head_dim")
     repo = tiny_chat.write(tmp_path / "repo", BYTE_LEVEL)

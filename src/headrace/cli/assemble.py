@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from headrace.core.metrics import Metrics
     from headrace.core.ports import Executor, Observer
     from headrace.device.checkpoint import Checkpoint
-    from headrace.device.encoder import TorchEncoder
+    from headrace.device.encoder import Encoder
     from headrace.device.executor import ModelExecutor
     from headrace.device.grammar import Grammars
     from headrace.device.wire import Load
@@ -193,7 +193,7 @@ def open_model(model: str, phase: Callable[[str], None]) -> Checkpoint:
     return open_checkpoint(path)
 
 
-def open_embedding(name: str, device: str, phase: Callable[[str], None]) -> tuple[TorchEncoder, str] | None:
+def open_embedding(name: str, device: str, phase: Callable[[str], None]) -> tuple[Encoder, str] | None:
     """The embedding model and its tokenizer.json; None for the default one if it is not here."""
     from headrace.device import sources
     from headrace.device.encoder import open_encoder

@@ -108,7 +108,7 @@ def open_live(args: argparse.Namespace, phase: Phases) -> Live:
         model=checkpoint.name if Path(args.model).exists() else args.model,
         shape=loaded.executor.shape,
         dtype=loaded.dtype,
-        device=loaded.device.type,
+        device=loaded.device,
         threads=device.threads or os.cpu_count() or 1,
         cpu=_cpu(),
         versions=_versions(),

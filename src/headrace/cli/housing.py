@@ -181,7 +181,7 @@ def _embedding(
     found = open_embedding(settings.embedding_model, first.known.expected.device, phase)
     if found is None:
         return None
-    return Beside(found[0].on(door.thread), found[1], found[0].model.nbytes)
+    return Beside(found[0].on(door.thread), found[1], found[0].nbytes)
 
 
 def open_alone(

@@ -32,7 +32,7 @@ from headrace.core.config import BadSetting, DeviceSettings, EngineSettings
 
 if TYPE_CHECKING:
     from headrace.device.load import Loaded
-    from headrace.device.speed import Speed
+    from headrace.device.reference.speed import Speed
     from headrace.sim.roofline.limits import Stored
     from headrace.sim.roofline.report import Roofline
 
@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from headrace.device import speed
+    from headrace.device.reference import speed
     from headrace.sim.roofline.page import page
     from headrace.sim.roofline.report import table, to_json
 

@@ -49,7 +49,7 @@ def load(
             packed=packed,
         )
         loaded.executor.controls = Controls(words.result(), loaded.executor.capacity.vocab)
-    encoder = open_embedding(what.embedding, loaded.device.type, phase) if what.embedding else None
+    encoder = open_embedding(what.embedding, loaded.device, phase) if what.embedding else None
     told = replace(
         loaded.facts(worker.encoder_facts(*encoder) if encoder else None),
         process=max(0, worker.own_bytes() - loaded.memory.weights),

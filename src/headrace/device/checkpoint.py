@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+import numpy as np
 
 from headrace.device import ggufmap
+from headrace.device.arrays import as_tensor
 from headrace.device.dequant import BlockFormat
 from headrace.device.folder import read_config, read_vocabulary
 from headrace.device.gguf import GGUFFile, open_gguf
 from headrace.device.modelfile import BadModelFile, read_object
 from headrace.device.tokenizer import Vocabulary, vocabulary_of
 from headrace.device.weights import Weights, open_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RECORD = "headrace.json"  # beside a pulled model: where it came from
 
@@ -34,7 +38,13 @@ class Tensors(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def tensor(self, name: str) -> Tensor: ...
+    def array(self, name: str) -> np.ndarray:
+        """As it is stored from safetensors, as float32 from GGUF; uint16 is bfloat16. Raises BadModelFile."""
+        ...
+
+    def release(self) -> None:
+        """What was read so far is not needed again soon: give back the memory of the file."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +61,8 @@ class Checkpoint:
     vocabulary: Vocabulary
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor: in its stored dtype from safetensors, as float32 from GGUF. Raises BadModelFile."""
-        return self.tensors.tensor(name)
+        """An array for torch. Raises BadModelFile."""
+        return as_tensor(self.tensors.array(name))
 
     def names(self) -> tuple[str, ...]:
         return self.tensors.names()
@@ -168,12 +178,15 @@ class GGUFTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.file.tensors[self._stored(name)].shape
 
-    def tensor(self, name: str) -> Tensor:
+    def array(self, name: str) -> np.ndarray:
         stored = self._stored(name)
         return self._ordered(stored, self.file.load(stored))
 
-    def raw(self, name: str) -> tuple[BlockFormat, Tensor]:
-        """The quantised blocks as uint8 [rows, bytes per row], rows in the same order as `tensor` has them."""
+    def release(self) -> None:
+        self.file.release()
+
+    def raw(self, name: str) -> tuple[BlockFormat, np.ndarray]:
+        """The quantised blocks as uint8 [rows, bytes per row], rows in the same order as `array` has them."""
         stored = self._stored(name)
         block, rows = self.file.raw(stored)
         return block, self._ordered(stored, rows)
@@ -183,7 +196,7 @@ class GGUFTensors:
             raise BadModelFile(f"{self.file.path} has no tensor for {name}; it does not fit its own metadata")
         return self.stored[name]
 
-    def _ordered(self, stored: str, rows: Tensor) -> Tensor:
+    def _ordered(self, stored: str, rows: np.ndarray) -> np.ndarray:
         heads = self.heads.get(stored)
         return rows if heads is None else ggufmap.deinterleave(rows, heads)
 
@@ -222,5 +235,8 @@ class _Renamed:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.weights.shape(self.stored[name])
 
-    def tensor(self, name: str) -> Tensor:
-        return self.weights.tensor(self.stored.get(name, name))
+    def array(self, name: str) -> np.ndarray:
+        return self.weights.array(self.stored.get(name, name))
+
+    def release(self) -> None:
+        self.weights.release()

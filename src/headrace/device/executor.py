@@ -13,23 +13,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise, repeat
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from headrace.core.clock import perf
 from headrace.core.ports import Capacity
 from headrace.core.shape import ModelShape
 from headrace.core.step import Admitted, Sampled, StepPlan, StepResult, Work
 from headrace.core.types import InvalidRequest, Request, RequestId, Sampling, TokenLogprob, Tokens
-from headrace.device.attention import Rows
 from headrace.device.control import Bits, Controls, SequenceController
-from headrace.device.hosttier import HostTier
-from headrace.device.kvstore import KVStore
-from headrace.device.lanes import Workers
-from headrace.device.sampler import Row, describe, joined, sample
+from headrace.device.forward import Forward, Rows, States
+from headrace.device.hosttier import Tier
+from headrace.device.sampler import Row, joined
+
+if TYPE_CHECKING:
+    from headrace.device.reference.lanes import Workers
 
 _LOGIT_ROWS = 64  # rows of logits computed at once for prompt log-probabilities and drafts: bounds their memory
 
@@ -43,7 +42,7 @@ class _Sequence:
     row: Row
     blocks: list[int]
     control: SequenceController | None = None
-    states: Tensor | None = None  # [tokens, hidden] of work that went through some layers and not through the last
+    states: States | None = None  # [tokens, hidden] of work that went through some layers and not through the last
     table: np.ndarray = field(init=False)  # `blocks` as int64, rebuilt when they change
 
     def __post_init__(self) -> None:
@@ -72,37 +71,6 @@ class _Sequence:
             self.extend(())
 
 
-class Forward(Protocol):
-    """Sends rows through layers and over the KV memory that it holds: with torch, or with native kernels. Under several
-    lanes two threads call at once, for other rows and other blocks."""
-
-    @property
-    def shape(self) -> ModelShape: ...
-
-    @property
-    def store(self) -> KVStore:
-        """The KV memory, for whoever moves whole blocks."""
-        ...
-
-    @property
-    def row_sizes(self) -> tuple[int, ...]:
-        """Rows that are computed for so many or fewer, ascending; multiples of the last beyond it."""
-        ...
-
-    def layers(self, spans: Sequence[Rows], first: int, last: int, ids: Sequence[int], x: Tensor | None) -> Tensor:
-        """Layers first, ..., last - 1 of consecutive spans: [rows, hidden], then perhaps padding. They begin with token
-        `ids` if `first` is 0, else with `x` [rows, hidden], which stays as it is."""
-        ...
-
-    def logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
-        """Of some rows after the last layer: [len(rows), vocab] float32, memory of its own until the next call."""
-        ...
-
-    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        """A token for every row of logits, as `sampler.draw`. May overwrite them."""
-        ...
-
-
 class ModelExecutor:
     """An `Executor` for one model on one device, whatever computes its layers."""
 
@@ -111,7 +79,7 @@ class ModelExecutor:
         forward: Forward,
         capacity: Capacity,
         thread: ThreadPoolExecutor | None = None,
-        host: HostTier | None = None,
+        host: Tier | None = None,
         shared: bool = False,
     ) -> None:
         """`controls` may be set before the first plan; without them, no request may have a grammar or think.
@@ -154,7 +122,10 @@ class ModelExecutor:
     async def _run_beside(self, plan: StepPlan) -> StepResult:
         """`run` where other lanes have steps under way. What a plan admits and releases counts in the order of the
         calls, so that is done here; what it computes belongs to its lane alone."""
-        self._workers = self._workers or Workers()
+        if self._workers is None:
+            from headrace.device.reference.lanes import Workers
+
+            self._workers = Workers()
         works = plan.work
         try:
             self._update(plan, works)
@@ -194,7 +165,6 @@ class ModelExecutor:
             self._sequences.clear()
             raise
 
-    @torch.inference_mode()
     def _perform(self, plan: StepPlan, works: Sequence[Work]) -> StepResult:
         if not works:
             return StepResult(plan.step, {})
@@ -247,7 +217,7 @@ class ModelExecutor:
             if work.new_blocks:
                 sequence.extend(work.new_blocks)
 
-    def _compute(self, works: Sequence[Work]) -> tuple[Sequence[Work], Tensor]:
+    def _compute(self, works: Sequence[Work]) -> tuple[Sequence[Work], States]:
         """Send all works through their layers. Returns those that the last layer computed, and what came out of it:
         [rows, hidden], rows in the order of these works, then padding.
 
@@ -257,8 +227,9 @@ class ModelExecutor:
         """
         layers = self.shape.layers
         edges = sorted({0, layers, *(edge for work in works for edge in work.layers or ())})
-        states: dict[RequestId, Tensor] = {}
-        side_by_side, hidden = list[Work](), torch.empty(0)
+        states: dict[RequestId, States] = {}
+        side_by_side = list[Work]()
+        hidden: States = ()
         for first, last in pairwise(edges):
             side_by_side = [work for work in works if work.layers is None or work.layers[0] <= first < work.layers[1]]
             if side_by_side:
@@ -267,10 +238,10 @@ class ModelExecutor:
                     states |= _by_request(side_by_side, hidden)
         for work in works:
             kept = work.layers is not None and work.layers[1] < layers
-            self._sequences[work.request_id].states = states[work.request_id].clone() if kept else None
+            self._sequences[work.request_id].states = self._forward.joined([states[work.request_id]]) if kept else None
         return side_by_side, hidden
 
-    def _through(self, works: Sequence[Work], first: int, last: int, states: Mapping[RequestId, Tensor]) -> Tensor:
+    def _through(self, works: Sequence[Work], first: int, last: int, states: Mapping[RequestId, States]) -> States:
         """Layers first, ..., last - 1 of some works: [rows, hidden], rows in their order, then padding. `states` holds
         what those of them have come to that were in earlier layers in this step."""
         spans, ids, row = [], list[int](), 0
@@ -284,13 +255,13 @@ class ModelExecutor:
         x = self._resume(works, states) if first else None
         return self._forward.layers(spans, first, last, ids, x)
 
-    def _resume(self, works: Sequence[Work], states: Mapping[RequestId, Tensor]) -> Tensor:
+    def _resume(self, works: Sequence[Work], states: Mapping[RequestId, States]) -> States:
         """Where they were: after earlier layers of this step, or of the step before."""
         found = [states.get(work.request_id, self._sequences[work.request_id].states) for work in works]
         parts = [part for part in found if part is not None]
         if [len(part) for part in parts] != [work.tokens for work in works]:
             raise RuntimeError("the plan goes on in the middle of the layers with tokens that did not come there")
-        return torch.cat(parts)
+        return self._forward.joined(parts)
 
     def _begin_masks(self, works: Sequence[Work]) -> Future[dict[RequestId, list[Bits | None]]] | None:
         """Which tokens may be drawn by those who draw and may not draw everything, computed beside what follows."""
@@ -318,7 +289,7 @@ class ModelExecutor:
         return _Sequence([*prompt, *admitted.output_ids], len(prompt), row, list(admitted.blocks), control)
 
     def _sample(
-        self, works: Sequence[Work], hidden: Tensor, allowed: Mapping[RequestId, list[Bits | None]]
+        self, works: Sequence[Work], hidden: States, allowed: Mapping[RequestId, list[Bits | None]]
     ) -> dict[RequestId, Sampled]:
         """Draw a token for every work that asks, from the logits of its last known row, and one after each draft. What
         is drawn after a draft counts if that draft itself was drawn: the tokens are those of one step after another.
@@ -340,8 +311,8 @@ class ModelExecutor:
         )
         return {work.request_id: self._accept(work, drawn) for work in drawing}
 
-    def _drawn(self, hidden: Tensor, wanted: Sequence[int], rows: Sequence[Row]) -> list[Sampled]:
-        return sample(self._forward.logits(hidden, np.array(wanted)), rows, self._forward.draw)
+    def _drawn(self, hidden: States, wanted: Sequence[int], rows: Sequence[Row]) -> list[Sampled]:
+        return self._forward.sample(hidden, np.array(wanted), rows)
 
     def _accept(self, work: Work, drawn: Iterator[Sampled]) -> Sampled:
         """Keep what was drawn up to the first token that is not the next draft."""
@@ -352,7 +323,7 @@ class ModelExecutor:
             sequence.cut(-(-(len(sequence.ids) - 1) // self._capacity.block_tokens))
         return sampled
 
-    def _prompt_logprobs(self, works: Sequence[Work], hidden: Tensor) -> dict[RequestId, tuple[TokenLogprob, ...]]:
+    def _prompt_logprobs(self, works: Sequence[Work], hidden: States) -> dict[RequestId, tuple[TokenLogprob, ...]]:
         """For requests that ask: what the model thought of each next prompt token, from this step's rows."""
         found: dict[RequestId, tuple[TokenLogprob, ...]] = {}
         first = 0
@@ -366,18 +337,19 @@ class ModelExecutor:
             first += work.tokens
         return found
 
-    def _judge(self, hidden: Tensor, rows: np.ndarray, nexts: Sequence[int], count: int) -> Iterable[TokenLogprob]:
+    def _judge(self, hidden: States, rows: np.ndarray, nexts: Sequence[int], count: int) -> Iterable[TokenLogprob]:
         for begin in range(0, len(rows), _LOGIT_ROWS):
-            part = torch.log_softmax(self._forward.logits(hidden, rows[begin : begin + _LOGIT_ROWS]), -1)
-            for row, token in zip(part, nexts[begin : begin + _LOGIT_ROWS], strict=True):
-                yield describe(row, token, count)
+            some = slice(begin, begin + _LOGIT_ROWS)
+            yield from self._forward.judged(hidden, rows[some], nexts[some], count)
 
 
-def _by_request(works: Sequence[Work], x: Tensor) -> dict[RequestId, Tensor]:
+def _by_request(works: Sequence[Work], x: States) -> dict[RequestId, States]:
     """The rows of each work, without the padding."""
-    tokens = [work.tokens for work in works]
-    parts = x[: sum(tokens)].split_with_sizes(tokens)
-    return {work.request_id: part for work, part in zip(works, parts, strict=True)}
+    parts, first = dict[RequestId, States](), 0
+    for work in works:
+        parts[work.request_id] = x[first : first + work.tokens]
+        first += work.tokens
+    return parts
 
 
 def one_thread() -> ThreadPoolExecutor:

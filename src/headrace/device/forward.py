@@ -1,63 +1,56 @@
-"""Rows through the layers with torch: the readable reference, the oracle of faster ways, and what runs everywhere.
-
-Owns nothing that changes but the KV memory it is given. Pads the rows of a step to a count that every kernel computes
-exactly; who is in a step, and what becomes of the rows, is the executor's business.
-"""
+"""The port between the executor and whatever computes, native kernels or torch. Knows neither."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from headrace.core.shape import ModelShape
-from headrace.device.attention import Rows, kernel_for
-from headrace.device.kvstore import KVStore
-from headrace.device.linear import Linears
-from headrace.device.llama import Llama
-from headrace.device.sampler import Row, draw
+from headrace.core.step import Sampled
+from headrace.core.types import TokenLogprob
+from headrace.device.sampler import Row
+
+States = Any  # [rows, hidden], an array of whoever computes: others cut it by rows, and hand it back
 
 
-class TorchForward:
-    """A `Forward` of one model on one device."""
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows one request has in a step, consecutive in the batch and in position."""
 
-    def __init__(self, model: Llama, linears: Linears, store: KVStore) -> None:
-        self.model = model
-        self.linears = linears
-        self.store = store
-        self._kernel = kernel_for(model.config.shape, model.config.attention_scale, store, linears.device)
+    first_row: int
+    start: int  # position of the first
+    count: int
+    blocks: np.ndarray  # int64 block table covering at least start + count positions
+
+
+class Forward(Protocol):
+    """Sends rows through layers and over the KV memory that it holds. Under several lanes two threads call at once, for
+    other rows and other blocks."""
 
     @property
-    def shape(self) -> ModelShape:
-        return self.model.config.shape
+    def shape(self) -> ModelShape: ...
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
-        return self.linears.rows
+        """Rows that are computed for so many or fewer, ascending; multiples of the last beyond it."""
+        ...
 
-    def layers(self, spans: Sequence[Rows], first: int, last: int, ids: Sequence[int], x: Tensor | None) -> Tensor:
-        count = sum(span.count for span in spans)
-        padded = self.linears.padded(count)
-        positions = np.zeros(padded, dtype=np.int64)
-        for span in spans:
-            positions[span.first_row : span.first_row + span.count] = range(span.start, span.start + span.count)
-        if x is None:
-            x = self.model.embed(self._on_device(np.array([*ids, *[0] * (padded - count)], dtype=np.int64)))
-        else:
-            x = functional.pad(x, (0, 0, 0, padded - count))
-        attend = self._kernel.prepare(spans, padded)
-        return self.model.layers(x, first, last, self._on_device(positions), attend)
+    def layers(self, spans: Sequence[Rows], first: int, last: int, ids: Sequence[int], x: States | None) -> States:
+        """Layers first, ..., last - 1 of consecutive spans: [rows, hidden], then perhaps padding. They begin with token
+        `ids` if `first` is 0, else with `x` [rows, hidden], which stays as it is."""
+        ...
 
-    def logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
-        padded = np.zeros(self.linears.padded(len(rows)), dtype=np.int64)
-        padded[: len(rows)] = rows
-        return self.model.logits(hidden.index_select(0, self._on_device(padded)))[: len(rows)]
+    def joined(self, parts: Sequence[States]) -> States:
+        """One after the other, in memory of its own."""
+        ...
 
-    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        return draw(logits, rows)
+    def sample(self, hidden: States, chosen: np.ndarray, rows: Sequence[Row]) -> list[Sampled]:
+        """Draw a token for each of the `chosen` rows after the last layer. Does not change `rows`."""
+        ...
 
-    def _on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.linears.device)
+    def judged(self, hidden: States, chosen: np.ndarray, tokens: Sequence[int], count: int) -> Sequence[TokenLogprob]:
+        """What the `chosen` rows after the last layer thought of these tokens, and their `count` likeliest."""
+        ...

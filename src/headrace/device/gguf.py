@@ -21,8 +21,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from headrace.device.dequant import FORMATS, OTHER_FORMATS, BlockFormat, dequantize
 from headrace.device.modelfile import BadModelFile, decode
@@ -78,16 +76,21 @@ class GGUFFile:
     file_bytes: int
     _data: mmap.mmap = field(repr=False)
 
-    def raw(self, name: str) -> tuple[BlockFormat, Tensor]:
+    def raw(self, name: str) -> tuple[BlockFormat, np.ndarray]:
         """The stored blocks: format and uint8 [..., bytes per row], a view of the mapped file."""
         info = self._info(name)
-        data = torch.frombuffer(self._data, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
-        return info.format, data.view(*info.shape[:-1], -1)
+        data = np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
+        return info.format, data.reshape(*info.shape[:-1], -1)
 
-    def load(self, name: str) -> Tensor:
+    def load(self, name: str) -> np.ndarray:
         """A tensor as float32, dequantised into memory of its own."""
         block, data = self.raw(name)
-        return dequantize(data.view(-1), block).view(self._info(name).shape)
+        return dequantize(data.reshape(-1), block).reshape(self._info(name).shape)
+
+    def release(self) -> None:
+        """Give the file's pages back to the system, which reads them again for whoever looks again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

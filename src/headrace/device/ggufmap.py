@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 from headrace.device.gguf import GGUFFile
 from headrace.device.modelfile import BadModelFile
@@ -170,14 +170,14 @@ def has_interleaved_rows(arch: str, stored: str) -> bool:
     return arch == "llama" and (".attn_q." in stored or ".attn_k." in stored)
 
 
-def deinterleave(rows: Tensor, heads: int) -> Tensor:
+def deinterleave(rows: np.ndarray, heads: int) -> np.ndarray:
     """Reorder rows of q or k so that rotating halves does what rotating neighbours did.
 
     within a head of 6:  stored 0 3 1 4 2 5  ->  0 1 2 3 4 5      rows: [heads * head_dim, ...]
     """
     if rows.shape[0] % (2 * heads):
         raise BadModelFile(f"a projection of {rows.shape[0]} rows cannot have {heads} heads of even size")
-    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _vocab(file: GGUFFile) -> int:

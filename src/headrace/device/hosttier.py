@@ -1,22 +1,19 @@
-"""The KV blocks that the host keeps, and the copies between it and the device. Owns the host's memory and, on a device
-that has them, the side stream; which block holds what is the scheduler's business.
+"""The KV blocks that the host keeps, and the copies between it and the device. Owns the host's memory; which block
+holds what is the scheduler's business. Here the device is a CPU, and copies are made where they are asked for;
+`cudatier` makes them beside the work of the step.
 
     host      [blocks, planes, kv_heads, block_tokens, head_dim]     planes: K and V of every layer
 
 A block lies in one piece here, in all its layers, so a run of neighbours crosses the link as one copy; the device
 gathers and scatters its planes at the speed of its own memory.
-
-    step n    compute stream   | --- work ---------------- | wait for the side stream |
-              side stream      | out, run by run | in      |
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from headrace.core.clock import perf
 from headrace.core.step import DEVICE, HOST, Block, Copy, StepPlan
@@ -25,18 +22,37 @@ from headrace.device.kvstore import KVStore
 _RUN_BLOCKS = 64  # of one copy at most: bounds the memory that gathers it
 
 
+class Tier(Protocol):
+    """`blocks` host blocks behind one device's store."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def blocks(self) -> int: ...
+
+    def begin(self, plan: StepPlan) -> None:
+        """Begin the copies of a plan. What its work does afterwards may take the blocks that are copied out: it waits
+        for those copies if it does."""
+        ...
+
+    def end(self) -> None:
+        """The copies are over when what follows begins, and the host may read what came out."""
+        ...
+
+    def wait(self) -> None:
+        """Until all copies have been made."""
+        ...
+
+
 class HostTier:
-    """`blocks` host blocks behind one device's store. On a CPU the copies are made where they are asked for; on CUDA
-    they go on beside the work of the step, from and to pinned memory."""
+    """A `Tier` behind a CPU."""
 
     def __init__(self, store: KVStore, blocks: int) -> None:
         self._store = store
         plane = store.keys[0]
-        self._cuda = plane.device.type == "cuda"
-        width = (plane.shape[0], store.block_tokens, plane.shape[-1])
-        shape = (blocks, 2 * len(store.keys), *width)
-        self._blocks = torch.zeros(shape, dtype=plane.dtype, pin_memory=self._cuda)
-        self._side = torch.cuda.Stream(plane.device) if self._cuda else None
+        shape = (blocks, 2 * len(store.keys), plane.shape[0], store.block_tokens, plane.shape[-1])
+        self._blocks = np.zeros(shape, plane.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -47,77 +63,51 @@ class HostTier:
         return len(self._blocks)
 
     def begin(self, plan: StepPlan) -> None:
-        """Begin the copies of a plan. What its work does on the current stream afterwards may take the blocks that are
-        copied out: it waits for those copies if it does."""
-        if self._side is not None:
-            self._side.wait_stream(torch.cuda.current_stream(self._side.device))  # what earlier steps computed
-        with self._beside():
-            for copy in plan.copies:
-                if copy.source_tier == DEVICE:
-                    self._out(copy)
-        if self._side is not None and plan.overwrites:
-            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
-        with self._beside():
-            for copy in plan.copies:
-                if copy.source_tier != DEVICE:
-                    self._in(copy)
+        for copy in plan.copies:
+            if copy.source_tier == DEVICE:
+                self._out(copy)
+        for copy in plan.copies:
+            if copy.source_tier != DEVICE:
+                self._in(copy)
 
     def end(self) -> None:
-        """The copies are over when what follows on the current stream begins, and the host may read what came out."""
-        if self._side is not None:
-            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+        """All were made at once."""
 
-    def seconds(self, count: int) -> float:
-        """What copying so many neighbours in takes, the better of two after one to warm up. Writes the first blocks of
-        both tiers, so only before the first plan."""
-        copy = Copy(HOST, DEVICE, tuple((block, block) for block in range(count)))
-        times = []
-        for _ in range(3):
-            begin = perf()
-            self.begin(StepPlan(0, (), copies=(copy,)))
-            if self._side is not None:
-                self._side.synchronize()
-            times.append(perf() - begin)
-        return min(times[1:])
-
-    def _beside(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._side is None else torch.cuda.stream(self._side)
+    def wait(self) -> None:
+        """All were made at once."""
 
     def _out(self, copy: Copy) -> None:
-        for targets, sources in _runs([(target, source) for source, target in copy.pairs]):
-            into = self._blocks[targets]
-            if not self._cuda:
-                self._gather(sources, into)
-                continue
-            staged = torch.empty(into.shape, dtype=into.dtype, device=self._store.keys[0].device)
-            self._gather(sources, staged)
-            into.copy_(staged, non_blocking=True)
+        for targets, sources in runs([(target, source) for source, target in copy.pairs]):
+            for at, plane in enumerate(self._planes()):
+                self._blocks[targets, at] = plane[:, sources].swapaxes(0, 1)
 
     def _in(self, copy: Copy) -> None:
-        for sources, targets in _runs(copy.pairs):
-            run = self._blocks[sources]
-            self._scatter(targets, run.to(self._store.keys[0].device, non_blocking=True) if self._cuda else run)
+        for sources, targets in runs(copy.pairs):
+            for at, plane in enumerate(self._planes()):
+                plane[:, targets] = self._blocks[sources, at].swapaxes(0, 1)
 
-    def _gather(self, blocks: Sequence[Block], into: Tensor) -> None:
-        """Device blocks to `into` [blocks, planes, kv_heads, block_tokens, head_dim]."""
-        index = torch.tensor(blocks, device=into.device)
-        for plane, target in zip(self._planes(), into.unbind(1), strict=True):
-            target.copy_(plane.index_select(1, index).transpose(0, 1))
-
-    def _scatter(self, blocks: Sequence[Block], run: Tensor) -> None:
-        index = torch.tensor(blocks, device=run.device)
-        for plane, source in zip(self._planes(), run.unbind(1), strict=True):
-            plane.index_copy_(1, index, source.transpose(0, 1))
-
-    def _planes(self) -> Iterator[Tensor]:
+    def _planes(self) -> Iterator[np.ndarray]:
         """Each as [kv_heads, blocks, block_tokens, head_dim]."""
         store = self._store
         for plane in (*store.keys, *store.values):
             heads, _, width = plane.shape
-            yield plane.view(heads, store.blocks, store.block_tokens, width)
+            yield plane.reshape(heads, store.blocks, store.block_tokens, width)
 
 
-def _runs(pairs: Sequence[tuple[Block, Block]]) -> Iterator[tuple[slice, list[Block]]]:
+def seconds(tier: Tier, count: int) -> float:
+    """What copying so many neighbours in takes, the better of two after one to warm up. Writes the first blocks of both
+    tiers, so only before the first plan."""
+    copy = Copy(HOST, DEVICE, tuple((block, block) for block in range(count)))
+    times = []
+    for _ in range(3):
+        begin = perf()
+        tier.begin(StepPlan(0, (), copies=(copy,)))
+        tier.wait()
+        times.append(perf() - begin)
+    return min(times[1:])
+
+
+def runs(pairs: Sequence[tuple[Block, Block]]) -> Iterator[tuple[slice, list[Block]]]:
     """Of pairs sorted by their first: neighbours there, as a slice, and what they are paired with."""
     begin = 0
     for end in range(1, len(pairs) + 1):

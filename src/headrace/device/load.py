@@ -8,21 +8,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
-import torch
-
 from headrace.core.config import DeviceSettings
 from headrace.core.facts import MOST_STEP_TOKENS, EncoderFacts, Expected, LoadFacts, Memory
 from headrace.core.ports import Capacity, least_copied_blocks
 from headrace.core.shape import KVFormat, ModelShape
 from headrace.core.types import HeadraceError
+from headrace.device import cuda, hosttier, kvstore
 from headrace.device import memory as memory_room
+from headrace.device.architecture import LlamaConfig
 from headrace.device.checkpoint import Checkpoint
-from headrace.device.executor import Forward, ModelExecutor, one_thread
-from headrace.device.forward import TorchForward
-from headrace.device.hosttier import HostTier
-from headrace.device.kvstore import Kept, KVStore
-from headrace.device.linear import Linears
-from headrace.device.llama import Llama, LlamaConfig
+from headrace.device.executor import ModelExecutor, one_thread
+from headrace.device.forward import Forward
+from headrace.device.hosttier import Tier
+from headrace.device.kvstore import Kept
 from headrace.device.native import forward as native
 from headrace.device.native.library import variant
 from headrace.device.native.weights import FORMATS, Packer, pack
@@ -36,7 +34,7 @@ class Loaded:
     executor: ModelExecutor
     memory: Memory
     dtype: str  # of the weights
-    device: torch.device
+    device: str  # "cpu" or "cuda"
     steps: tuple[tuple[int, float], ...]  # measured (tokens, seconds) of prefill steps
     read_bytes: int  # of weights that every step reads: all but the embeddings that are looked up
     kv: str  # how keys and values are stored
@@ -44,10 +42,13 @@ class Loaded:
 
     def facts(self, encoder: EncoderFacts | None = None) -> LoadFacts:
         """The same for whoever has no business with tensors."""
-        capacity, device = self.executor.capacity, self.device.type
+        capacity = self.executor.capacity
         return LoadFacts(
-            capacity, self.memory, self.dtype, device, self.steps, self.read_bytes, self.kv, self.kernels, encoder
+            capacity, self.memory, self.dtype, self.device, self.steps, self.read_bytes, self.kv, self.kernels, encoder
         )
+
+
+Behind = Callable[[int], Tier]  # a host tier of so many blocks behind a store
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,8 @@ class Built:
     kv: str
     kernels: str
     kv_shape: ModelShape  # of the stored planes
-    kv_dtype: torch.dtype
-    open: Callable[[int, Kept | None], Forward]  # with so many blocks, in this memory
+    kv_itemsize: int  # bytes of a stored number
+    open: Callable[[int, Kept | None], tuple[Forward, Behind]]  # with so many blocks, in this memory
 
 
 def load(
@@ -102,13 +103,15 @@ def load_here(
     and computes steps of them meanwhile, on any other. On a CPU, KV lies in the memory `kv` if there is one. Not
     `measured`: step times are not asked for, nor is what is worth a copy. `packed` hears how many bytes of weights are
     in memory."""
-    device, dtype = place(settings)
+    device = device_of(settings)
     config = LlamaConfig.from_hf(checkpoint.config)
     why_not = _why_not_native(config, settings, device, block_tokens)
     if why_not is None:
         built = _native(checkpoint, config, settings, block_tokens, phase, packed)
     else:
-        built = _torch(checkpoint, config, settings, (device, dtype), block_tokens, phase, why_not)
+        from headrace.device.reference.forward import build
+
+        built = build(checkpoint, config, settings, device, block_tokens, phase, why_not)
     context = _context(config.shape, settings)
     memory = memory_room.size(
         built.kv_shape,
@@ -117,12 +120,12 @@ def load_here(
         block_tokens=block_tokens,
         max_context_tokens=context,
         wanted=settings.kv_memory,
-        dtype=built.kv_dtype,
+        itemsize=built.kv_itemsize,
         device=device,
         max_running=max_running,
     )
     capacity = Capacity(memory.blocks, block_tokens, context, config.shape.vocab, layers=config.shape.layers)
-    forward = built.open(memory.blocks, kv)
+    forward, behind = built.open(memory.blocks, kv)
     executor = ModelExecutor(forward, capacity, thread, shared=shared)
     steps: tuple[tuple[int, float], ...] = ()
     if measured:
@@ -130,20 +133,18 @@ def load_here(
         measure = partial(executor.measure, _MEASURED_TOKENS)
         steps = tuple(thread.submit(measure).result() if shared and thread else measure())
     if host_bytes:
-        host = HostTier(forward.store, memory_room.host_blocks(host_bytes, memory.block_bytes))
+        host = behind(memory_room.host_blocks(host_bytes, memory.block_bytes))
         capacity = _with_host(capacity, host, steps) if steps else replace(capacity, host_blocks=host.blocks)
         executor = ModelExecutor(forward, capacity, thread, host, shared)
     return Loaded(executor, memory, built.dtype, device, steps, built.read, built.kv, built.kernels)
 
 
-def _why_not_native(
-    config: LlamaConfig, settings: DeviceSettings, device: torch.device, block_tokens: int
-) -> str | None:
+def _why_not_native(config: LlamaConfig, settings: DeviceSettings, device: str, block_tokens: int) -> str | None:
     """None where native kernels will compute; else why they will not. Raises HeadraceError if they must."""
     if settings.kernels == "torch":
         why = "--kernels torch"
-    elif device.type != "cpu":
-        why = f"they compute on a CPU, not on {device.type}"
+    elif device != "cpu":
+        why = f"they compute on a CPU, not on {device}"
     else:
         why = native.why_not(config, block_tokens) or ""
     needs = [settings.kernels == "native", settings.dtype in ("q8", "q4"), settings.kv_dtype not in ("auto", "fp32")]
@@ -162,46 +163,21 @@ def _native(
     told: Callable[[int], None],
 ) -> Built:
     phase("pack the weights for native kernels")
-    torch.set_num_threads(1)  # a second team of threads on the same cores would slow the kernels'
     threads = settings.threads or native.default_threads()
     packer = _packer(checkpoint, settings)
     packer.packed = told
     packed = pack(config, packer)
     kind = _kv_kind(settings)
 
-    def open_with(blocks: int, kept: Kept | None) -> Forward:
+    def open_with(blocks: int, kept: Kept | None) -> tuple[Forward, Behind]:
         store = native.kv_store(config.shape, blocks, block_tokens, kind, kept)
-        return native.NativeForward(config, packed, packer, store, kind, threads)
+        return native.NativeForward(config, packed, packer, store, kind, threads), partial(hosttier.HostTier, store)
 
     looked_up = 0 if config.shape.tied_embedding else packer.embedding_bytes
     return Built(
         packer.nbytes, packer.nbytes - looked_up, packer.formats, kind.name, f"native {variant()}",
-        native.stored_shape(config.shape, kind), native.kv_dtype(kind), open_with,
+        native.stored_shape(config.shape, kind), native.kv_dtype(kind).itemsize, open_with,
     )  # fmt: skip
-
-
-def _torch(
-    checkpoint: Checkpoint,
-    config: LlamaConfig,
-    settings: DeviceSettings,
-    place: tuple[torch.device, torch.dtype],
-    block_tokens: int,
-    phase: Callable[[str], None],
-    why: str,
-) -> Built:
-    device, dtype = place
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    phase(f"load the weights as {name(dtype)} on {device.type} (no native kernels: {why})")
-    linears = Linears(dtype, device)
-    with torch.inference_mode():
-        model = Llama(config, checkpoint.tensor, linears.pack, dtype, device, linears.padded)
-
-    def open_with(blocks: int, kept: Kept | None) -> Forward:
-        return TorchForward(model, linears, KVStore(config.shape, blocks, block_tokens, dtype, device, kept))
-
-    weights = linears.nbytes + model.nbytes
-    return Built(weights, linears.nbytes, name(dtype), name(dtype), "torch", config.shape, dtype, open_with)
 
 
 def _packer(checkpoint: Checkpoint, settings: DeviceSettings) -> Packer:
@@ -219,16 +195,21 @@ def expect(
 ) -> Expected:
     """Nothing is loaded. A longest context that is more than the model has is cut. Raises BadModelFile, and
     HeadraceError for settings that cannot be."""
-    device, dtype = place(settings)
+    device = device_of(settings)
     config = LlamaConfig.from_hf(checkpoint.config)
     context = min(config.shape.max_context_tokens, settings.max_context or config.shape.max_context_tokens)
     if _why_not_native(config, settings, device, block_tokens) is None:
         packer, kind = _packer(checkpoint, settings), _kv_kind(settings)
         weights, kept = packer.expected_bytes(), packer.formats
-        block = KVStore.block_bytes(native.stored_shape(config.shape, kind), block_tokens, native.kv_dtype(kind))
+        block = kvstore.block_bytes(
+            native.stored_shape(config.shape, kind), block_tokens, native.kv_dtype(kind).itemsize
+        )
     else:
+        from headrace.device.reference.forward import dtype_of, name
+
+        dtype = dtype_of(settings, device)
         weights = dtype.itemsize * sum(prod(checkpoint.tensors.shape(stored)) for stored in checkpoint.names())
-        block, kept = KVStore.block_bytes(config.shape, block_tokens, dtype), name(dtype)
+        block, kept = kvstore.block_bytes(config.shape, block_tokens, dtype.itemsize), name(dtype)
     least = -(-context // block_tokens) * block
     most = max_running * least if settings.kv_memory is None else min(max_running * least, settings.kv_memory)
     return Expected(
@@ -238,17 +219,17 @@ def expect(
         max(least, most),
         Capacity(least // block, block_tokens, context, config.shape.vocab, layers=config.shape.layers),
         kept,
-        device.type,
+        device,
         memory_room.free_bytes(device),
     )
 
 
-def _with_host(capacity: Capacity, host: HostTier, steps: tuple[tuple[int, float], ...]) -> Capacity:
+def _with_host(capacity: Capacity, host: Tier, steps: tuple[tuple[int, float], ...]) -> Capacity:
     """The capacity with a tier, and with how many blocks are worth a copy as this machine copies and computes."""
     (few, few_s), (many, many_s) = steps[0], steps[-1]
     block_s = capacity.block_tokens * (many_s - few_s) / max(many - few, 1)
     count = min(_MEASURED_BLOCKS, host.blocks, capacity.blocks)
-    one_s, all_s = host.seconds(1), host.seconds(count)
+    one_s, all_s = hosttier.seconds(host, 1), hosttier.seconds(host, count)
     each_s = max(0.0, all_s - one_s) / max(count - 1, 1)
     least = least_copied_blocks(max(0.0, one_s - each_s), each_s, block_s)
     return replace(capacity, host_blocks=host.blocks, least_copied_blocks=least)
@@ -261,18 +242,11 @@ def activation_bytes(shape: ModelShape, step_tokens: int, sampled_rows: int) -> 
     return 4 * (step_tokens * per_row + 4 * sampled_rows * shape.vocab)
 
 
-def name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-
-
-def place(settings: DeviceSettings) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype; `auto` prefers CUDA, and bf16 where the device multiplies it natively."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
+def device_of(settings: DeviceSettings) -> str:
+    """`auto` prefers CUDA. Raises HeadraceError."""
+    if settings.device == "cuda" and not cuda.present():
         raise HeadraceError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu")
-    cuda = settings.device != "cpu" and torch.cuda.is_available()
-    native = cuda or torch.cpu._is_avx512_bf16_supported()
-    chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(settings.dtype)
-    return torch.device("cuda" if cuda else "cpu"), chosen or (torch.bfloat16 if native else torch.float32)
+    return "cuda" if settings.device != "cpu" and cuda.present() else "cpu"
 
 
 def _context(shape: ModelShape, settings: DeviceSettings) -> int:

@@ -11,13 +11,12 @@ import gc
 from contextlib import suppress
 
 import psutil
-import torch
 
 from headrace.core.config import Bytes, format_bytes
 from headrace.core.facts import Memory
 from headrace.core.shape import ModelShape
 from headrace.core.types import HeadraceError
-from headrace.device.kvstore import KVStore
+from headrace.device import kvstore
 
 _CPU_SHARE = 0.5  # of what is free after loading: the machine has other work to do
 _CUDA_SHARE = 0.9
@@ -29,14 +28,15 @@ class DoesNotFit(HeadraceError):
 
 def size(
     shape: ModelShape, *, weights: int, activations: int, block_tokens: int, max_context_tokens: int,
-    wanted: Bytes | None, dtype: torch.dtype, device: torch.device, max_running: int,
+    wanted: Bytes | None, itemsize: int, device: str, max_running: int,
 ) -> Memory:  # fmt: skip
     """How much KV there will be: `wanted`, or a share of what is free, but never more than `max_running` requests of
-    full length could use. Raises DoesNotFit when one request of full length would not fit."""
+    full length could use; `itemsize` is that of a stored number. Raises DoesNotFit when one request of full length
+    would not fit."""
     free = free_bytes(device)
-    block_bytes = KVStore.block_bytes(shape, block_tokens, dtype)
+    block_bytes = kvstore.block_bytes(shape, block_tokens, itemsize)
     per_request = -(-max_context_tokens // block_tokens) * block_bytes
-    share = _CPU_SHARE if device.type == "cpu" else _CUDA_SHARE
+    share = _CPU_SHARE if device == "cpu" else _CUDA_SHARE
     affordable = max(0, int(share * (free - activations)))
     kv = min(wanted if wanted is not None else affordable, max_running * per_request)
     kv -= kv % block_bytes
@@ -61,16 +61,18 @@ def give_back() -> None:
 
 def host_blocks(wanted: int, block_bytes: int) -> int:
     """Blocks of a host tier of so many bytes. Raises DoesNotFit for more memory than the host has, or less than one."""
-    free = free_bytes(torch.device("cpu"))
+    free = free_bytes("cpu")
     if not block_bytes <= wanted <= free:
         room = f"from {format_bytes(block_bytes)}, one block, to {format_bytes(free)}, which are free"
         raise DoesNotFit(f"a host tier of {format_bytes(wanted)} cannot be; give --host-kv-memory {room}")
     return wanted // block_bytes
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: str) -> int:
     """Memory that could be allocated now."""
-    if device.type == "cuda":
+    if device == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
 

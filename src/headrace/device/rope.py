@@ -1,7 +1,7 @@
-"""Rotary position embedding: which angle a position turns each pair of a head's dimensions by, and the turning.
+"""Rotary position embedding: which angle a position turns each pair of a head's dimensions by.
 
-Knows the scaling variants in `KINDS`; owns nothing that changes. Angles are computed from the positions of a step, once
-per step, so a row depends on its own position only and no table has to grow.
+Knows the scaling variants in `KINDS`; owns nothing that changes. The turning is for whoever computes: `rotary` with
+torch, or native code.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from headrace.device.modelfile import BadModelFile
 
@@ -66,14 +65,15 @@ class Rope:
         plain = replace(plain, original_tokens=original)
         return _with_llama3(plain, number) if kind == "llama3" else _with_yarn(plain, number, max_positions / original)
 
-    def frequencies(self) -> Tensor:
+    def frequencies(self) -> np.ndarray:
         """Radians per position for each pair, [head_dim / 2] in float32. For `dynamic`, those inside the context."""
-        base = self.theta ** (torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim)
+        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        base = np.power(self.theta, exponents, dtype=np.float64).astype(np.float32)
         match self.kind:
             case "linear":
                 return 1.0 / base / self.factor
             case "factors":
-                return 1.0 / (base * torch.tensor(self.divisors, dtype=torch.float32))
+                return 1.0 / (base * np.array(self.divisors, dtype=np.float32))
             case "llama3":
                 return _llama3_frequencies(self, 1.0 / base)
             case "yarn":
@@ -81,45 +81,29 @@ class Rope:
             case _:
                 return 1.0 / base
 
+    def turns(self, first: int, last: int) -> np.ndarray:
+        """What turns rows at positions first, ..., last - 1: float32 [last - first, head_dim], cos | sin."""
+        positions = np.arange(first, last)
+        angles = positions[:, None].astype(np.float32) * self.frequencies()
+        if self.kind == "dynamic" and last > self.original_tokens:
+            grown = positions[:, None].astype(np.float32) * self.frequencies_at(positions)
+            angles = np.where(positions[:, None] >= self.original_tokens, grown, angles)
+        return np.concatenate((np.cos(angles), np.sin(angles)), -1) * np.float32(self.attention_factor)
 
-class Rotary:
-    """A rope with its frequencies on a device."""
+    def frequencies_at(self, positions: np.ndarray) -> np.ndarray:
+        """NTK-aware frequencies of `dynamic`, [T, head_dim / 2], of positions [T] beyond the trained context.
 
-    __slots__ = ("_frequencies", "_rope")
-
-    def __init__(self, rope: Rope, device: torch.device) -> None:
-        self._rope = rope
-        self._frequencies = rope.frequencies().to(device)
-
-    def at(self, positions: Tensor) -> Rotation:
-        """What turns rows at `positions` [T]."""
-        rope, angles = self._rope, positions[:, None].float() * self._frequencies
-        if rope.kind == "dynamic":
-            beyond = positions[:, None] >= rope.original_tokens
-            angles = torch.where(beyond, positions[:, None].float() * _dynamic_frequencies(rope, positions), angles)
-        cos, sin = angles.cos(), angles.sin()
-        if rope.attention_factor != 1.0:
-            cos, sin = cos.mul_(rope.attention_factor), sin.mul_(rope.attention_factor)
-        return Rotation(torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1))
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """float32 cos and sin of every row of a step, repeated for both halves of a head; sin is negative in the first."""
-
-    cos: Tensor  # [T, 1, head_dim]
-    sin: Tensor  # [T, 1, head_dim]
-
-    def turn(self, x: Tensor) -> Tensor:
-        """x [T, heads, head_dim] turned, computed in float32, in the type of x.
-
-            [a | b]  ->  [a | b] * [cos | cos]  +  [b | a] * [-sin | sin]
-
-        Four kernels of one rounding per element each. A kernel that multiplies and adds may round differently in its
-        vector loop and in the tail of it (torch's complex product does), and a row's bits would depend on its place.
+        NTK scaling makes the base a function of the sequence length n:
+            theta * (factor * n / original - (factor - 1)) ^ (dim / (dim - 2)).
+        transformers takes for n the longest sequence of the batch, so the answer depends on the neighbours and on how a
+        prompt was cut. Here position p takes n = p + 1, its own sequence so far. Inside the trained context both are
+        the plain RoPE; beyond it this is what token-by-token generation computes, and cached keys never become stale.
         """
-        swapped = x.roll(x.shape[-1] // 2, -1)
-        return (x * self.cos).add_(swapped * self.sin).to(x.dtype)
+        dim = self.head_dim
+        grown = self.factor * (positions.astype(np.float64) + 1) / self.original_tokens - (self.factor - 1)
+        log_base = math.log(self.theta) + np.log(np.maximum(grown, 1.0)) * (dim / (dim - 2))
+        exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
+        return np.exp(-log_base[:, None] * exponents).astype(np.float32)
 
 
 class _Numbers:
@@ -164,31 +148,15 @@ def _with_yarn(rope: Rope, number: _Numbers, stretch: float) -> Rope:
     )
 
 
-def _dynamic_frequencies(rope: Rope, positions: Tensor) -> Tensor:
-    """NTK-aware frequencies [T, head_dim / 2] of positions beyond the trained context.
-
-    NTK scaling makes the base a function of the sequence length n:
-        theta * (factor * n / original - (factor - 1)) ^ (dim / (dim - 2)).
-    transformers takes for n the longest sequence of the batch, so the answer depends on the neighbours and on how a
-    prompt was cut. Here position p takes n = p + 1, its own sequence so far. Inside the trained context both are the
-    plain RoPE; beyond it this is what token-by-token generation computes, and cached keys never become stale.
-    """
-    dim = rope.head_dim
-    grown = rope.factor * (positions.double() + 1) / rope.original_tokens - (rope.factor - 1)
-    log_base = math.log(rope.theta) + grown.clamp(min=1.0).log() * (dim / (dim - 2))
-    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-    return torch.exp(-log_base[:, None] * exponents).float()
-
-
-def _llama3_frequencies(rope: Rope, frequencies: Tensor) -> Tensor:
+def _llama3_frequencies(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
     """Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, those between blended."""
     turns = rope.original_tokens / (2 * math.pi / frequencies)  # of each pair within the trained context
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
+    blend = blend.clip(0.0, 1.0)
     return (1 - blend) * frequencies / rope.factor + blend * frequencies
 
 
-def _yarn_frequencies(rope: Rope, base: Tensor) -> Tensor:
+def _yarn_frequencies(rope: Rope, base: np.ndarray) -> np.ndarray:
     """YaRN, arXiv:2309.00071: interpolate pairs of few turns, keep pairs of many, a linear ramp between."""
 
     def pair_of(turns: float) -> float:
@@ -200,7 +168,7 @@ def _yarn_frequencies(rope: Rope, base: Tensor) -> Tensor:
     low, high = max(low, 0), min(high, rope.head_dim - 1)
     if low == high:
         high += 0.001  # the ramp is a step
-    ramp = ((torch.arange(rope.head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    ramp = ((np.arange(rope.head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)).clip(0, 1)
     return ramp / (rope.factor * base) + (1 - ramp) / base
 
 

@@ -2,7 +2,7 @@
 
     length: u64 | JSON header: name -> dtype, shape, [begin, end) | tensor bytes
 
-The header is checked against the file before the `safetensors` library touches it. Pickled weights are refused.
+The header is checked against the file before any tensor is looked at. Pickled weights are refused.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import safetensors
-from torch import Tensor
+import numpy as np
 
+from headrace.device.arrays import BF16
 from headrace.device.modelfile import BadModelFile, decode, parse_object, read_object
 
 SINGLE = "model.safetensors"
@@ -25,7 +25,10 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format itself
 MAX_TENSORS = 1 << 17
 MAX_DIMS = 8
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_DTYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BF16, "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"), "U8": np.dtype("u1"), "BOOL": np.dtype("?"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class StoredTensor:
 
     dtype: str
     shape: tuple[int, ...]
-    nbytes: int
+    offset: int  # bytes from the start of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +54,22 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.stored[name].shape
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor in its stored dtype. Raises BadModelFile."""
+    def array(self, name: str) -> np.ndarray:
+        """One tensor as it is stored, private memory over the file. Raises BadModelFile."""
         path = self.files.get(name)
         if path is None:
             raise BadModelFile(f"the model has no tensor {name!r}; its files do not fit its config.json")
+        stored = self.stored[name]
+        if not prod(stored.shape):
+            return np.empty(stored.shape, _DTYPES[stored.dtype])
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor
-        except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
+            found = np.memmap(path, _DTYPES[stored.dtype], "c", stored.offset, stored.shape)
+        except (OSError, ValueError) as error:
             raise BadModelFile(f"cannot read {name!r} from {path}: {error}") from error
+        return np.require(found, requirements="A").view(np.ndarray)
+
+    def release(self) -> None:
+        """Every array maps its own part of a file, and lets go of it by itself."""
 
 
 def open_weights(folder: Path) -> Weights:
@@ -93,8 +101,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     entries.pop("__metadata__", None)
     if len(entries) > MAX_TENSORS:
         raise BadModelFile(f"{path} declares {len(entries)} tensors, more than any model has")
-    ranges = {name: _check_entry(name, entry, path) for name, entry in entries.items()}
-    _check_cover(sorted(span for _, span in ranges.values()), file_bytes - 8 - header_bytes, path)
+    start = 8 + header_bytes
+    ranges = {name: _check_entry(name, entry, start, path) for name, entry in entries.items()}
+    _check_cover(sorted(span for _, span in ranges.values()), file_bytes - start, path)
     return {name: stored for name, (stored, _) in ranges.items()}
 
 
@@ -128,21 +137,21 @@ def _open_files(paths: list[Path]) -> Weights:
     return Weights(files, stored, sum(path.stat().st_size for path in paths))
 
 
-def _check_entry(name: str, entry: Any, path: Path) -> tuple[StoredTensor, tuple[int, int]]:
+def _check_entry(name: str, entry: Any, start: int, path: Path) -> tuple[StoredTensor, tuple[int, int]]:
     what = f"{path}: tensor {name!r:.80}"
     if not isinstance(entry, dict):
         raise BadModelFile(f"{what} has no description")
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
-        raise BadModelFile(f"{what} has the dtype {dtype!r:.40}; supported are {', '.join(_DTYPE_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise BadModelFile(f"{what} has the dtype {dtype!r:.40}; supported are {', '.join(_DTYPES)}")
     if not _is_counts(shape) or len(shape) > MAX_DIMS:
         raise BadModelFile(f"{what} has the shape {json.dumps(shape):.80}")
     if not _is_counts(span) or len(span) != 2:
         raise BadModelFile(f"{what} has the offsets {json.dumps(span):.80}")
-    nbytes = prod(shape) * _DTYPE_BYTES[dtype]
+    nbytes = prod(shape) * _DTYPES[dtype].itemsize
     if span[1] - span[0] != nbytes:
         raise BadModelFile(f"{what} takes {nbytes} bytes and its offsets span {span[1] - span[0]}")
-    return StoredTensor(dtype, tuple(shape), nbytes), (span[0], span[1])
+    return StoredTensor(dtype, tuple(shape), start + span[0]), (span[0], span[1])
 
 
 def _is_counts(value: Any) -> TypeGuard[list[int]]:

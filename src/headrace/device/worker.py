@@ -30,7 +30,7 @@ from headrace.core.types import HeadraceError
 from headrace.device import wire
 
 if TYPE_CHECKING:
-    from headrace.device.encoder import TorchEncoder
+    from headrace.device.encoder import Encoder
     from headrace.device.executor import ModelExecutor
 
 _OOM_SCORE = "500"  # the kernel takes this process before the one that serves, when memory runs out
@@ -42,7 +42,7 @@ class Held:
 
     executor: ModelExecutor
     facts: LoadFacts
-    encoder: TorchEncoder | None = None
+    encoder: Encoder | None = None
 
 
 Loader = Callable[[wire.Load, Callable[[str], None], Callable[[ModelFacts], None], Callable[[int], None]], Held]
@@ -205,6 +205,13 @@ class _Server:
         asyncio.run_coroutine_threadsafe(_run(executor, plan), self._loop).add_done_callback(done)
 
     def _encode(self, message: wire.Encode) -> None:
+        encoder = self._held.encoder
+        if encoder is None or encoder.loaded:
+            self._encoded(message)
+        else:  # steps go on while it is loaded
+            threading.Thread(target=self._encoded, args=(message,), name="headrace-encoder", daemon=True).start()
+
+    def _encoded(self, message: wire.Encode) -> None:
         try:
             if self._held.encoder is None:
                 raise RuntimeError("there is no embedding model here")
@@ -218,8 +225,8 @@ async def _run(executor: Executor, plan: StepPlan) -> StepResult:
     return await executor.run(plan)
 
 
-def encoder_facts(encoder: TorchEncoder, tokenizer_json: str) -> EncoderFacts:
-    return EncoderFacts(encoder.encoding, tokenizer_json, encoder.model.nbytes)
+def encoder_facts(encoder: Encoder, tokenizer_json: str) -> EncoderFacts:
+    return EncoderFacts(encoder.encoding, tokenizer_json, encoder.nbytes)
 
 
 def _told(error: BaseException) -> str:

@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from headrace.core.shape import KV_BF16, KV_FP32, KV_INT8, KVFormat, ModelShape
-from headrace.core.types import HeadraceError
+from headrace.core.step import Sampled
+from headrace.core.types import HeadraceError, TokenLogprob
 from headrace.device.architecture import LlamaConfig
-from headrace.device.attention import Rows
+from headrace.device.arrays import BF16
+from headrace.device.forward import Rows
 from headrace.device.kvstore import Kept, KVStore
 from headrace.device.native import library as native
+from headrace.device.native.draws import describe, log_softmax, penalise
 from headrace.device.native.weights import Packer
-from headrace.device.rope import Rope, Rotary
-from headrace.device.sampler import Row, numbers, uniform
+from headrace.device.rope import Rope
+from headrace.device.sampler import Row, numbers, reporting, sampled, uniform
 
 STRIP, KEY_TILE, QUERY_ROWS, ROW_CHUNK = 16, 64, 24, 4  # layout.h, step.cpp
 KV_KINDS: tuple[KVFormat, ...] = (KV_FP32, KV_BF16, KV_INT8)  # by their number in layout.h
-_KV_DTYPES = {KV_FP32: torch.float32, KV_BF16: torch.bfloat16, KV_INT8: torch.int8}
+_KV_DTYPES: Mapping[KVFormat, np.dtype] = {KV_FP32: np.dtype("<f4"), KV_BF16: BF16, KV_INT8: np.dtype("i1")}
 _FIRST_POSITIONS = 1024  # of the tables of angles, which double
 _SCALE_BYTES = 4  # of a token of one head
 
@@ -52,7 +53,7 @@ def why_not(config: LlamaConfig, block_tokens: int, variant: str | None = None) 
 
 
 def kv_store(shape: ModelShape, blocks: int, block_tokens: int, kind: KVFormat, kept: Kept | None = None) -> KVStore:
-    return KVStore(stored_shape(shape, kind), blocks, block_tokens, _KV_DTYPES[kind], torch.device("cpu"), kept)
+    return KVStore(stored_shape(shape, kind), blocks, block_tokens, _KV_DTYPES[kind], kept)
 
 
 def stored_shape(shape: ModelShape, kind: KVFormat) -> ModelShape:
@@ -60,7 +61,7 @@ def stored_shape(shape: ModelShape, kind: KVFormat) -> ModelShape:
     return replace(shape, head_dim=shape.head_dim + _SCALE_BYTES) if kind == KV_INT8 else shape
 
 
-def kv_dtype(kind: KVFormat) -> torch.dtype:
+def kv_dtype(kind: KVFormat) -> np.dtype:
     return _KV_DTYPES[kind]
 
 
@@ -100,7 +101,7 @@ class NativeForward:
         pinned = (ctypes.c_int32 * len(cores))(*cores) if cores else None
         self._runner = found.headrace_open(packed, cache, name.encode(), self.threads, pinned)
         self._angles = [_Angles(rope) for rope in dict.fromkeys(rope for rope in config.ropes if rope is not None)]
-        self._logits = torch.empty(0)
+        self._logits = np.empty((0, 0), np.float32)
 
     def __del__(self) -> None:
         if runner := getattr(self, "_runner", None):
@@ -114,9 +115,11 @@ class NativeForward:
     def row_sizes(self) -> tuple[int, ...]:
         return (1, 2, 3, *range(ROW_CHUNK, 257, ROW_CHUNK))
 
-    def layers(self, spans: Sequence[Rows], first: int, last: int, ids: Sequence[int], x: Tensor | None) -> Tensor:
+    def layers(
+        self, spans: Sequence[Rows], first: int, last: int, ids: Sequence[int], x: np.ndarray | None
+    ) -> np.ndarray:
         rows = spans[-1].first_row + spans[-1].count
-        out = torch.empty(rows, self.shape.hidden) if x is None else x.clone()
+        out = np.empty((rows, self.shape.hidden), np.float32) if x is None else x.copy()
         tokens = np.array(ids, dtype=np.int32)
         described = np.empty((len(spans), 4), dtype=np.int32)
         at = 0
@@ -130,30 +133,52 @@ class NativeForward:
         longest = max(span.start + span.count for span in spans)
         angles = (ctypes.c_void_p * max(1, len(self._angles)))(*[each.address(longest) for each in self._angles])
         step = native.Step(
-            rows, len(spans), first, last, tokens.ctypes.data, out.data_ptr(), described.ctypes.data,
+            rows, len(spans), first, last, tokens.ctypes.data, out.ctypes.data, described.ctypes.data,
             tables.ctypes.data, ctypes.cast(angles, ctypes.POINTER(ctypes.c_void_p)), shared.ctypes.data,
         )  # fmt: skip
         self._library.headrace_layers(self._runner, step)
         return out
 
-    def logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
+    def logits(self, hidden: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Of some rows after the last layer: float32 [len(rows), vocab], good until the next call."""
         if len(self._logits) < len(rows):
-            self._logits = torch.empty(len(rows), self.shape.vocab)
+            self._logits = np.empty((len(rows), self.shape.vocab), np.float32)
         _within("a row of the last layer", rows, len(hidden))
         asked = rows.astype(np.int32)
         self._library.headrace_logits(
-            self._runner, hidden.data_ptr(), asked.ctypes.data, len(rows), self._logits.data_ptr()
+            self._runner, hidden.ctypes.data, asked.ctypes.data, len(rows), self._logits.ctypes.data
         )
         return self._logits[: len(rows)]
 
-    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        if logits.shape != (len(rows), self.shape.vocab) or not logits.is_contiguous() or logits.dtype != torch.float32:
+    def joined(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(parts)
+
+    def sample(self, hidden: np.ndarray, chosen: np.ndarray, rows: Sequence[Row]) -> list[Sampled]:
+        return self.drawn(self.logits(hidden, chosen), rows)
+
+    def drawn(self, logits: np.ndarray, rows: Sequence[Row]) -> list[Sampled]:
+        """A token for every row of logits [R, vocab], which are overwritten; `rows` stay as they are."""
+        wanted = reporting(rows)
+        raw = dict(zip(wanted, log_softmax(logits[wanted]), strict=True)) if wanted else {}
+        penalise(logits, rows)
+        return sampled(self.draw(logits, rows), rows, lambda index, token, count: describe(raw[index], token, count))
+
+    def judged(self, hidden: np.ndarray, chosen: np.ndarray, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+        logprobs = log_softmax(self.logits(hidden, chosen))
+        return [describe(row, token, count) for row, token in zip(logprobs, tokens, strict=True)]
+
+    def draw(self, logits: np.ndarray, rows: Sequence[Row]) -> list[int]:
+        """A token for every row of logits, which may be overwritten."""
+        right = logits.shape == (len(rows), self.shape.vocab) and logits.dtype == np.float32
+        if not right or not logits.flags.c_contiguous:
             raise OutOfBounds(f"{[*logits.shape]} logits are not {len(rows)} rows of {self.shape.vocab}")
         draws = (native.Draw * len(rows))(*[_draw(row, self.shape.vocab) for row in rows])
-        self._library.headrace_draw(self._runner, logits.data_ptr(), len(rows), draws)
+        self._library.headrace_draw(self._runner, logits.ctypes.data, len(rows), draws)
         return numbers([draw.token for draw in draws])
 
-    def _check(self, spans: Sequence[Rows], blocks: np.ndarray, tokens: np.ndarray, x: Tensor, layers: range) -> None:
+    def _check(
+        self, spans: Sequence[Rows], blocks: np.ndarray, tokens: np.ndarray, x: np.ndarray, layers: range
+    ) -> None:
         """Everything that native code takes for an index. Raises OutOfBounds."""
         row = 0
         for span in spans:
@@ -210,22 +235,17 @@ def _draw(row: Row, vocab: int) -> native.Draw:
 class _Angles:
     """cos and sin of every position so far seen, [positions, head_dim]: cos | sin, each head_dim / 2."""
 
-    __slots__ = ("_half", "_rotary", "_table")
+    __slots__ = ("_rope", "_table")
 
     def __init__(self, rope: Rope) -> None:
-        self._rotary = Rotary(rope, torch.device("cpu"))
-        self._half = rope.head_dim // 2
-        self._table = self._of(0, _FIRST_POSITIONS)
+        self._rope = rope
+        self._table = rope.turns(0, _FIRST_POSITIONS)
 
     def address(self, positions: int) -> int:
         """Of the table, which covers so many positions from 0 on."""
-        while len(self._table) < positions:
-            self._table = torch.cat((self._table, self._of(len(self._table), 2 * len(self._table))))
-        return self._table.data_ptr()
-
-    def _of(self, first: int, last: int) -> Tensor:
-        rotation = self._rotary.at(torch.arange(first, last))
-        return torch.cat((rotation.cos[:, 0, : self._half], rotation.sin[:, 0, self._half :]), -1).contiguous()
+        while (count := len(self._table)) < positions:
+            self._table = np.concatenate((self._table, self._rope.turns(count, 2 * count)))
+        return self._table.ctypes.data
 
 
 def default_threads() -> int:
@@ -233,5 +253,5 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _addresses(planes: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(planes))(*[plane.data_ptr() for plane in planes])
+def _addresses(planes: Sequence[np.ndarray]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(planes))(*[plane.ctypes.data for plane in planes])

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
-from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from headrace.core.shape import BF16, FP32, Q4, Q8, WeightFormat
+from headrace.device.architecture import LlamaConfig
+from headrace.device.arrays import BF16 as BF16_ARRAY
+from headrace.device.arrays import empty_bytes, floats
 from headrace.device.checkpoint import GGUFTensors, Tensors
-from headrace.device.llama import LlamaConfig
 from headrace.device.modelfile import BadModelFile
 from headrace.device.native import library as native
 
@@ -44,10 +44,6 @@ _AS_STORED: Mapping[str, Kept] = MappingProxyType(
 )  # fmt: skip
 
 
-class Take(Protocol):
-    def __call__(self, name: str, *shape: int) -> Tensor: ...
-
-
 @dataclass(slots=True)
 class Packer:
     """Packs matrices of one checkpoint. `wanted` is a format for all of them, or None for the file's own."""
@@ -55,14 +51,14 @@ class Packer:
     tensors: Tensors
     wanted: WeightFormat | None
     threads: int
-    memory: list[Tensor] = field(default_factory=list)
+    memory: list[np.ndarray] = field(default_factory=list)
     packed: Callable[[int], None] = lambda _: None  # hears how many bytes, after each matrix
     bits: dict[str, int] = field(default_factory=dict)  # format -> weights kept in it
     embedding_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.memory)
+        return sum(array.nbytes for array in self.memory)
 
     def matrix(self, name: str, outputs: int, inputs: int, bias: bool = False) -> native.Matrix:
         if self.tensors.shape(f"{name}.weight") != (outputs, inputs):
@@ -75,16 +71,16 @@ class Packer:
         format = FORMATS.index(kept.format)
         found = native.library()
         assert found is not None
-        panels = torch.empty(found.headrace_packed_bytes(format, outputs, inputs), dtype=torch.uint8)
-        row_bytes = rows.stride(0) * rows.element_size()
+        panels = empty_bytes(found.headrace_packed_bytes(format, outputs, inputs))
         found.headrace_pack(
-            format, kept.source, rows.data_ptr(), row_bytes, outputs, inputs, panels.data_ptr(), self.threads
+            format, kept.source, rows.ctypes.data, rows.strides[0], outputs, inputs, panels.ctypes.data, self.threads
         )
         self.memory.append(panels)
+        self.tensors.release()
         self.packed(self.nbytes)
         self.bits[kept.format.name] = self.bits.get(kept.format.name, 0) + outputs * inputs
         return native.Matrix(
-            format, outputs, inputs, 0, panels.data_ptr(), self.vector(f"{name}.bias", outputs) if bias else None
+            format, outputs, inputs, 0, panels.ctypes.data, self.vector(f"{name}.bias", outputs) if bias else None
         )
 
     def expected_bytes(self) -> int:
@@ -108,14 +104,14 @@ class Packer:
 
     def vector(self, name: str, count: int, add: float = 0.0) -> int:
         """A norm's or a bias's address, in float32."""
-        tensor = self.tensors.tensor(name).float() + add
-        if tensor.shape != (count,):
-            raise BadModelFile(f"Tensor {name} has shape {[*tensor.shape]}, but the model config says {[count]}.")
-        return self.keep(tensor)
+        vector = floats(self.tensors.array(name)) + np.float32(add)
+        if vector.shape != (count,):
+            raise BadModelFile(f"Tensor {name} has shape {[*vector.shape]}, but the model config says {[count]}.")
+        return self.keep(vector)
 
-    def keep(self, tensor: Tensor) -> int:
-        self.memory.append(tensor.contiguous())
-        return self.memory[-1].data_ptr()
+    def keep(self, vectors: np.ndarray) -> int:
+        self.memory.append(np.ascontiguousarray(vectors))
+        return self.memory[-1].ctypes.data
 
     def _kept(self, name: str) -> Kept:
         stored = _AS_STORED.get(self._stored(f"{name}.weight"), Kept(FP32))
@@ -127,13 +123,13 @@ class Packer:
         """The type's name in a GGUF file; of safetensors only BF16 matters."""
         if isinstance(self.tensors, GGUFTensors):
             return self.tensors.raw(name)[0].name
-        return "BF16" if self.tensors.tensor(name).dtype == torch.bfloat16 else "F32"
+        return "BF16" if self.tensors.array(name).dtype == BF16_ARRAY else "F32"
 
-    def _rows(self, name: str, kept: Kept) -> Tensor:
+    def _rows(self, name: str, kept: Kept) -> np.ndarray:
         """[outputs, ...]: blocks as they are stored, or float32."""
         if kept.source != _FLOATS and isinstance(self.tensors, GGUFTensors):
-            return self.tensors.raw(name)[1].contiguous()
-        return self.tensors.tensor(name).float().contiguous()
+            return np.ascontiguousarray(self.tensors.raw(name)[1])
+        return np.ascontiguousarray(floats(self.tensors.array(name)))
 
 
 def pack(config: LlamaConfig, packer: Packer) -> native.Config:
@@ -177,8 +173,8 @@ def _pack_layer(config: LlamaConfig, packer: Packer, layer: native.Layer, at: st
         layer.after_attention, layer.after_ffn = norm("post_attention_layernorm"), norm("post_feedforward_layernorm")
     layer.before_ffn = norm("pre_feedforward_layernorm" if config.sandwich_norms else "post_attention_layernorm")
     if config.head_norms:
-        q, k = (packer.tensors.tensor(f"{attention}{name}_norm.weight").float() + add for name in "qk")
-        spread = torch.cat((q.expand(shape.heads, -1), k.expand(shape.kv_heads, -1)))
+        q, k = (floats(packer.tensors.array(f"{attention}{name}_norm.weight")) + np.float32(add) for name in "qk")
+        spread = np.concatenate((np.tile(q, (shape.heads, 1)), np.tile(k, (shape.kv_heads, 1))))
         if spread.shape[1] != shape.head_dim:
             raise BadModelFile(f"The norms of the heads at {at} have {spread.shape[1]} weights, not {shape.head_dim}.")
         layer.head_norms = packer.keep(spread)

@@ -8,57 +8,14 @@ padding. Owns the weights, in float32; knows nothing of text, batches of others 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from headrace.device.encoder import BertConfig
 from headrace.device.modelfile import BadModelFile
-
-_MOST = 1 << 20  # of anything that a config counts
-
-
-@dataclass(frozen=True, slots=True)
-class BertConfig:
-    """The numbers of a BERT encoder."""
-
-    vocab: int
-    hidden: int
-    layers: int
-    heads: int
-    ffn: int
-    positions: int
-    norm_eps: float
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> BertConfig:
-        """From config.json. Raises BadModelFile for what is missing, absurd or another architecture."""
-        kind, act = config.get("model_type"), config.get("hidden_act", "gelu")
-        places = config.get("position_embedding_type", "absolute")
-        if (kind, act, places) != ("bert", "gelu", "absolute"):
-            raise BadModelFile(
-                f"an embedding model must be a BERT with absolute positions and gelu, not {kind!r:.40}, {act!r:.40}, "
-                f"{places!r:.40}"
-            )
-        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        counts = [_count(config, name) for name in (*names, "max_position_embeddings")]
-        if counts[1] % counts[3]:
-            raise BadModelFile(f"{counts[3]} attention heads do not divide a hidden size of {counts[1]}")
-        eps = config.get("layer_norm_eps", 1e-12)
-        if not isinstance(eps, float) or not 0 < eps < 1:
-            raise BadModelFile(f"layer_norm_eps is {eps!r:.40}, which is no small number")
-        vocab, hidden, layers, heads, ffn, positions = counts
-        return cls(vocab, hidden, layers, heads, ffn, positions, eps)
-
-
-def _count(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if type(value) is not int or not 0 < value <= _MOST:
-        raise BadModelFile(f"{name} is {value!r:.40}; an embedding model needs a count from 1 to {_MOST}")
-    return value
 
 
 class Bert:

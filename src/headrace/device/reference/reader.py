@@ -2,7 +2,7 @@
 
 B texts side by side, padded at the end to the longest. No token sees those after it, so none sees padding. Owns the
 weights, in float32, without an output head; keeps no KV. Attention is computed whole: memory grows with the square of
-the longest text, so texts are bounded by `MOST_TOKENS`.
+the longest text, so texts are bounded by `encoder.MOST_TOKENS`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from headrace.device.checkpoint import Checkpoint
-from headrace.device.linear import Linears
-from headrace.device.llama import Attend, Llama, LlamaConfig
-
-MOST_TOKENS = 8192  # of one text
+from headrace.device.encoder import reads
+from headrace.device.reference.linear import Linears
+from headrace.device.reference.llama import Attend, Llama
 
 
 class Reader:
@@ -23,8 +22,7 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         """Raises BadModelFile."""
-        # which class of transformers made the file says whether there is a head, and none is needed
-        self.config = LlamaConfig.from_hf({**checkpoint.config, "architectures": None})
+        self.config = reads(checkpoint.config)
         stored = frozenset(checkpoint.names())
         bare = "model.embed_tokens.weight" not in stored  # as files are that never had a head
 
@@ -39,10 +37,6 @@ class Reader:
     @property
     def nbytes(self) -> int:
         return self._linears.nbytes + self._model.nbytes
-
-    @property
-    def max_tokens(self) -> int:
-        return min(self.config.shape.max_context_tokens, MOST_TOKENS)
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids [B, T] and mask [B, T], true for tokens and false for the padding after them -> states [B, T, hidden]

@@ -24,23 +24,14 @@ import torch
 from torch import Tensor
 
 from headrace.core.shape import ModelShape
-from headrace.device.kvstore import KVStore
+from headrace.device.forward import Rows
+from headrace.device.reference.tensorstore import TensorStore
 
 KEY_TILE = 128  # keys met at once; a multiple of every block size
 PREFILL_TILE = 64  # query positions of one tile
 ROW_MULTIPLES = (4, 8, 16)  # tile rows are padded to one of these: other counts take other paths in the library
 _FAINT = -80.0  # exponents below this count as this: exp underflows further down, and is ten times as slow there
 _MASKED = -1e30  # not -inf: a row may find a whole tile masked, and (-inf) - (-inf) is not a number
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows one request has in a step, consecutive in the batch and in position."""
-
-    first_row: int
-    start: int  # position of the first
-    count: int
-    blocks: np.ndarray  # int64 block table covering at least start + count positions
 
 
 class Attend(Protocol):
@@ -55,7 +46,7 @@ class Kernel(Protocol):
         ...
 
 
-def kernel_for(shape: ModelShape, scale: float, store: KVStore, device: torch.device) -> Kernel:
+def kernel_for(shape: ModelShape, scale: float, store: TensorStore, device: torch.device) -> Kernel:
     """The one place that chooses the attention kernel."""
     return TiledAttention(shape, scale, store, device)
 
@@ -78,7 +69,7 @@ class _Tiles:
 class TiledAttention:
     """Attention in plain torch: float32 arithmetic whatever the format of the stored KV."""
 
-    def __init__(self, shape: ModelShape, scale: float, store: KVStore, device: torch.device) -> None:
+    def __init__(self, shape: ModelShape, scale: float, store: TensorStore, device: torch.device) -> None:
         if KEY_TILE % store.block_tokens:
             raise ValueError(f"block_tokens must divide {KEY_TILE}, not {store.block_tokens}")
         self.shape, self.scale, self.store, self.device = shape, scale, store, device

@@ -16,8 +16,8 @@ from torch.nn import functional
 from headrace.core.clock import perf
 from headrace.core.config import DeviceSettings
 from headrace.device.executor import one_thread
-from headrace.device.linear import can_pack
-from headrace.device.load import place
+from headrace.device.load import device_of
+from headrace.device.reference.linear import can_pack
 
 Call = Callable[[], object]
 Product = tuple[int, int, int]  # rows, inputs, outputs
@@ -55,7 +55,7 @@ def measure(settings: DeviceSettings, heard: Callable[[str], None] = lambda _: N
 
 @torch.inference_mode()
 def _measure(settings: DeviceSettings, heard: Callable[[str], None]) -> Speed:
-    device, _ = place(settings)
+    device = torch.device(device_of(settings))
     if settings.threads:
         torch.set_num_threads(settings.threads)
     heard("measure how fast memory is read")

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from headrace.device.architecture import Activation, LlamaConfig
 from headrace.device.modelfile import BadModelFile
-from headrace.device.rope import Rotary, Rotation
+from headrace.device.reference.rotary import Rotary, Rotation
 
 __all__ = ["Attend", "Linear", "Llama", "LlamaConfig", "PackLinear"]
 
