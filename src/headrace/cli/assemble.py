@@ -91,6 +91,8 @@ class Assembled:
 
 def assemble(args: argparse.Namespace, toml: Mapping[str, Any], phase: Phases) -> Assembled:
     """Load the model named on the command line and put a scheduler in front of it."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from headrace.core.metrics import Metrics
     from headrace.device.checkpoint import open_checkpoint
     from headrace.device.control import Controls
@@ -102,8 +104,10 @@ def assemble(args: argparse.Namespace, toml: Mapping[str, Any], phase: Phases) -
     path = find_model(what.model, phase)
     checkpoint = open_checkpoint(path)
     sizes = (what.block_tokens, what.max_running)
-    loaded = load(checkpoint, what.device, *sizes, phase, what.step_tokens, what.host_bytes)
-    text, metrics, model = text_of(checkpoint), Metrics(), facts_of(checkpoint, path)
+    with ThreadPoolExecutor(1) as beside:
+        words = beside.submit(text_of, checkpoint)
+        loaded = load(checkpoint, what.device, *sizes, phase, what.step_tokens, what.host_bytes)
+        text, metrics, model = words.result(), Metrics(), facts_of(checkpoint, path)
     grammars = grammars_of(text)
     loaded.executor.controls = Controls(grammars, loaded.executor.capacity.vocab)
     name = name_of(args.model, model)

@@ -176,22 +176,22 @@ class ModelExecutor:
         return StepResult(plan.step, sampled, self._prompt_logprobs(computed, hidden), failed=failed)
 
     def measure(self, tokens: Sequence[int]) -> list[tuple[int, float]]:
-        """(tokens, seconds) of steps that prefill so many tokens, the better of two after one to warm up. Uses blocks
+        """(tokens, seconds) of steps that prefill so many tokens, the better of two, after one to warm up. Uses blocks
         from 0 up, so only before the first plan."""
         room = min(self._capacity.blocks * self._capacity.block_tokens, self._capacity.max_context_tokens) - 1
-        return [(count, self._measure_one(count)) for count in sorted({min(count, room) for count in tokens})]
+        counts = sorted({min(count, room) for count in tokens})
+        self._measure_one(counts[0])
+        return [(count, min(self._measure_one(count), self._measure_one(count))) for count in counts]
 
     def _measure_one(self, count: int) -> float:
         request = Request("measure", (Tokens((0,) * count),), 0.0, 1, Sampling(temperature=0))
         blocks = tuple(range(-(-count // self._capacity.block_tokens)))
         plan = StepPlan(0, (Work("measure", 0, count, True),), (Admitted(request, (), blocks, 0),))
-        seconds = []
-        for _ in range(3):
-            begin = perf()
-            self.step(plan)
-            seconds.append(perf() - begin)
+        begin = perf()
+        self.step(plan)
+        seconds = perf() - begin
         self.step(StepPlan(0, (), released=("measure",)))
-        return min(seconds[1:])
+        return seconds
 
     @contextmanager
     def _copying(self, plan: StepPlan) -> Iterator[None]:

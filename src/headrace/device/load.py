@@ -25,7 +25,7 @@ from headrace.device.native import forward as native
 from headrace.device.native.library import variant
 from headrace.device.native.weights import FORMATS, Packer, pack
 
-_MEASURED_TOKENS = (16, 256)
+_MEASURED_TOKENS = (16, 128)
 _MEASURED_BLOCKS = 16
 
 
