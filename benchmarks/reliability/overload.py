@@ -7,6 +7,8 @@ import asyncio
 import random
 import re
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import httpx
@@ -88,10 +90,11 @@ async def saturated(http: httpx.AsyncClient, url: str, seconds: float, tokens: i
             crowd.answers.append(await ask(http, url, prompt, tokens))
 
     running = [asyncio.create_task(again(one)) for one in prompts(RUNNING + QUEUE // 2)]
-    await asyncio.sleep(1)
-    crowd.begin_s = time.monotonic()
-    await asyncio.sleep(seconds)
-    crowd.end_s = time.monotonic()
+    async with looking(url, crowd.waiting):
+        await asyncio.sleep(1)
+        crowd.begin_s = time.monotonic()
+        await asyncio.sleep(seconds)
+        crowd.end_s = time.monotonic()
     stop.set()
     await asyncio.gather(*running)
     return crowd
@@ -101,26 +104,34 @@ async def flooded(http: httpx.AsyncClient, url: str, seconds: float, tokens: int
     """Requests come as in a Poisson process, whatever became of those before."""
     rng, known, asking = random.Random(0), prompts(64), list[asyncio.Task[Answer]]()
     crowd = Crowd(time.monotonic())
-    looking = asyncio.create_task(look(url, crowd.waiting))
-    next_s = crowd.begin_s
-    while (next_s := next_s + rng.expovariate(per_s)) < crowd.begin_s + seconds:
-        await asyncio.sleep(next_s - time.monotonic())
-        asking.append(asyncio.create_task(ask(http, url, known[len(asking) % len(known)], tokens)))
-    crowd.end_s = time.monotonic()
-    crowd.answers = await asyncio.gather(*asking)
-    looking.cancel()
-    await asyncio.wait((looking,))
-    assert looking.cancelled(), "nobody looked at the queue"
+    async with looking(url, crowd.waiting):
+        next_s = crowd.begin_s
+        while (next_s := next_s + rng.expovariate(per_s)) < crowd.begin_s + seconds:
+            await asyncio.sleep(next_s - time.monotonic())
+            asking.append(asyncio.create_task(ask(http, url, known[len(asking) % len(known)], tokens)))
+        crowd.end_s = time.monotonic()
+        crowd.answers = await asyncio.gather(*asking)
     return crowd
 
 
-async def look(url: str, waiting: list[int]) -> None:
-    """At the length of the queue, as the server tells it."""
-    async with client() as http:
-        while True:
-            page = (await http.get(url + "/metrics")).text
-            waiting += [int(float(count)) for count in re.findall(r"^\w+:num_requests_waiting\S* (\S+)$", page, re.M)]
-            await asyncio.sleep(0.2)
+@asynccontextmanager
+async def looking(url: str, waiting: list[int]) -> AsyncIterator[None]:
+    """At the length of the queue, as the server tells it, again and again. It takes time of the same cores, so it goes
+    on in every stretch that is compared."""
+
+    async def look() -> None:
+        async with client() as http:
+            while True:
+                page = (await http.get(url + "/metrics")).text
+                lengths = re.findall(r"^\w+:num_requests_waiting\S* (\S+)$", page, re.M)
+                waiting.extend(int(float(length)) for length in lengths)
+                await asyncio.sleep(0.2)
+
+    task = asyncio.create_task(look())
+    yield
+    task.cancel()
+    await asyncio.wait((task,))
+    assert task.cancelled(), "nobody looked at the queue"
 
 
 async def recovered(http: httpx.AsyncClient, url: str, tokens: int, alone_s: float) -> float:

@@ -17,6 +17,7 @@ from headrace.device import nursery, worker
 if TYPE_CHECKING:
     from headrace.device.wire import Load, Seen
 
+_TORCH_BYTES = 200 << 20  # that an embedding model brings with it when it is first asked
 _WORDS_BYTES = 25  # of a tokenizer in memory, for each of its file; until it is measured
 
 
@@ -50,9 +51,9 @@ def load(
         )
         loaded.executor.controls = Controls(words.result(), loaded.executor.capacity.vocab)
     encoder = open_embedding(what.embedding, loaded.device, phase) if what.embedding else None
+    own = worker.own_bytes() + (encoder[0].nbytes + _TORCH_BYTES if encoder and not encoder[0].loaded else 0)
     told = replace(
-        loaded.facts(worker.encoder_facts(*encoder) if encoder else None),
-        process=max(0, worker.own_bytes() - loaded.memory.weights),
+        loaded.facts(worker.encoder_facts(*encoder) if encoder else None), process=max(0, own - loaded.memory.weights)
     )
     return worker.Held(loaded.executor, told, encoder[0] if encoder else None)
 
@@ -75,7 +76,11 @@ def preload() -> None:
     import headrace.device.grammar
     import headrace.device.load
     import headrace.device.sources
-    import headrace.gateway.text  # noqa: F401
+    import headrace.gateway.text
+    from headrace.device.native.library import variant
+
+    if variant() in (None, "portable"):
+        import headrace.device.reference.forward  # noqa: F401
 
 
 def run(arguments: list[str]) -> int:

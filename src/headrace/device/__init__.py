@@ -1,1 +1,1 @@
-"""Does it: the only room that imports torch. Knows StepPlan, not the scheduler."""
+"""Does it: with native kernels, or with torch in `reference`. Knows StepPlan, not the scheduler."""

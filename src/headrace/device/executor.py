@@ -84,7 +84,7 @@ class ModelExecutor:
     ) -> None:
         """`controls` may be set before the first plan; without them, no request may have a grammar or think.
 
-        Steps run on `thread`, which has one worker and should be the one that loaded the model: torch keeps a team
+        Steps run on `thread`, which has one worker and should be the one that loaded the model, for torch keeps a team
         of compute threads per calling thread, and two teams on the same cores slow each other's barriers by half.
         A `shared` thread takes the steps of several models in turn, and stays when this one is closed."""
         self.controls: Controls | None = None

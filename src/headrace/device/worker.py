@@ -1,4 +1,4 @@
-"""The process that computes: reads plans from its one socket, performs them, answers. Holds torch, weights and KV; its
+"""The process that computes: reads plans from its one socket, performs them, answers. Holds weights and KV; its
 end costs nobody more than time. It ends when its parent does, and by no signal that a terminal sends to all.
 
     main thread   | load | read plan | step | answer | read ...        a beat under way is one thread and no hand-over

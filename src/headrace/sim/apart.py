@@ -46,7 +46,9 @@ def simulate_apart(arrivals: Callable[[], Iterable[Arrival]], site: Site, *, pro
 
     found: dict[int, Part] = {}
     for at, encoded in forked(processes)(work, [str(at).encode() for at in range(len(shares))]):
-        parts = msgspec.msgpack.decode(encoded, type=list[Part] | None, dec_hook=lambda kind, state: kind.of(tuple(state)))
+        parts = msgspec.msgpack.decode(
+            encoded, type=list[Part] | None, dec_hook=lambda kind, state: kind.of(tuple(state))
+        )
         if parts is None:
             raise NotApart(_TIED)
         found |= zip(shares[at], parts, strict=True)
