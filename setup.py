@@ -18,6 +18,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS["avx2"] = ["-DHEADRACE_AVX2", *eight]
     sixteen = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]
     VARIANTS["avx512"] = ["-DHEADRACE_AVX512", *eight, *sixteen]
+    VARIANTS["avx512bf16"] = [*VARIANTS["avx512"], "-mavx512bf16"]
 
 
 COMPILES = bool(os.environ.get("HEADRACE_COMPILED"))  # noqa: TID251 - nothing is installed yet
@@ -73,7 +74,10 @@ KERNELS = Extension(
 
 def compiled() -> list[Extension]:
     """Nothing in a checkout: a compiled module would hide every later edit of its source."""
-    if {"develop", "editable_wheel", "--inplace"} & {*sys.argv}:
+    asked = {*sys.argv}
+    if not COMPILES or not {"bdist_wheel", "build", "build_ext"} & asked:  # pip asks for the metadata first
+        return []
+    if {"develop", "editable_wheel", "--inplace"} & asked:
         sys.exit("HEADRACE_COMPILED is for wheels: a checkout would go on running what was compiled, whatever you edit")
     from mypyc.build import mypycify
 
@@ -81,12 +85,9 @@ def compiled() -> list[Extension]:
     return mypycify(sources, opt_level="3", debug_level="0")
 
 
-if COMPILES:
-    # not where other builds leave what they built: it would end in their wheels
-    setup(
-        ext_modules=[KERNELS, *compiled()],
-        cmdclass={"build_ext": Build},
-        options={"build": {"build_base": "build/compiled"}},
-    )
-else:
-    setup(ext_modules=[KERNELS], cmdclass={"build_ext": Build})
+setup(
+    ext_modules=[KERNELS, *compiled()],
+    cmdclass={"build_ext": Build},
+    # compiled modules lie apart from what other builds left: that would end in a wheel
+    options={"build": {"build_base": "build/compiled"}} if COMPILES else {},
+)

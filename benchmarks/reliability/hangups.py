@@ -18,7 +18,7 @@ async def left(setting: Setting) -> Found:
     """FIN or RST of a client ends its request and frees its KV in 200 ms (p99); after 10,000 random hang-ups nothing is
     left of them"""
     trials, clients = (6, 200) if setting.short else (60, 10_000)
-    flags = (*setting.flags, "--kv-memory", "64MiB", "--max-context", "2048")
+    flags = (*setting.flags, "--kv-memory", "128MiB", "--max-context", "2048")
     async with serving(setting.model, setting.folder, *flags) as server:
         await stream(server.url, body(0, 2))
         freed = [await one(server.url, trial) for trial in range(trials)]

@@ -173,6 +173,27 @@ def test_given_factors_are_another_form_of_llama3() -> None:
     torch.testing.assert_close(given.frequencies(), scaled.frequencies(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"rope_type": "linear", "factor": 4.0},
+        LLAMA3,
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.3},
+        {"rope_type": "dynamic", "factor": 2.0},
+    ],
+    ids=lambda params: params.get("rope_type", "default"),
+)
+def test_both_ways_to_turn_agree(params: dict[str, Any]) -> None:
+    """numpy's tables, which native kernels read, and torch's, within a context of 128 and beyond."""
+    rope = Rope.from_hf(params, 1e4, 16, 128)
+    cos, sin = torch.from_numpy(rope.turns(100, 300)).chunk(2, -1)
+    rotation = Rotary(rope, CPU).at(torch.arange(100, 300))
+    torch.testing.assert_close(rotation.cos[:, 0, :8], cos, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rotation.sin[:, 0, 8:], sin, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["qwen2, windows", "gemma3", "smollm3", "mixtral"])
 @torch.inference_mode()
 def test_layer_ranges_compose(name: str) -> None:

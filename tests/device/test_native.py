@@ -22,6 +22,7 @@ from headrace.core.config import DeviceSettings
 from headrace.core.shape import BF16, FP32, KV_BF16, KV_FP32, KV_INT8, Q4, Q8, KVFormat, WeightFormat
 from headrace.core.types import HeadraceError
 from headrace.device import load as loading
+from headrace.device.arrays import Arena
 from headrace.device.checkpoint import Checkpoint
 from headrace.device.forward import Rows
 from headrace.device.native import library
@@ -213,3 +214,12 @@ def test_the_wheel_carries_the_library(tmp_path: Path) -> None:
     subprocess.run(command, check=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert any(name.startswith("headrace/device/native/kernels.") and name.endswith((".so", ".pyd")) for name in names)
+
+
+def test_an_arena_hands_out_memory_once() -> None:
+    arena = Arena()
+    found = [arena.empty(count) for count in (1, 64, 65, 3 << 20, (64 << 20) - 5, 100 << 20, 7)]
+    for number, array in enumerate(found, 1):
+        array[0] = array[-1] = number
+    for number, array in enumerate(found, 1):
+        assert array[0] == array[-1] == number and array.ctypes.data % 64 == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -16,6 +17,7 @@ from rig import Given, NativeModel
 from test_sampler import VOCAB, logits, obvious, samplings
 
 from headrace.core.types import Sampling
+from headrace.device.forward import Rows
 from headrace.device.native import library
 from headrace.device.native.forward import NativeForward, OutOfBounds
 from headrace.device.reference import draws
@@ -48,6 +50,19 @@ def test_equals_the_definition(sampling: Sampling, position: int, seed: int, voc
     assert drawer(vocab).draw(table.numpy().copy(), [Row(sampling, position)]) == [
         obvious(table[0], sampling, position)
     ]
+
+
+def test_logits_and_draw_in_one_call_or_in_two() -> None:
+    """Whoever wants log-probabilities or penalties gets two calls: the same tokens."""
+    model = NativeModel(TINY, Given(random_weights(3))).forward(128)
+    ids = np.random.default_rng(0).integers(0, model.shape.vocab, 40).tolist()
+    hidden = model.layers([Rows(0, 0, 40, np.arange(3))], 0, model.shape.layers, ids, None)
+    rows = [Row(Sampling(temperature=n % 4, seed=n), n) for n in range(40)]
+    told = [Row(replace(row.sampling, logprobs=1), row.position) for row in rows]
+    chosen = np.arange(40)[::-1].copy()
+    tokens = [drawn.token_ids for drawn in model.sample(hidden, chosen, rows)]
+    assert tokens == [drawn.token_ids for drawn in model.sample(hidden, chosen, told)]
+    assert len({*tokens}) > 20
 
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0, 30.0])

@@ -15,9 +15,11 @@ from headrace.core.facts import ModelFacts
 from headrace.device import nursery, worker
 
 if TYPE_CHECKING:
+    from headrace.core.facts import EncoderFacts
+    from headrace.device.encoder import Encoder
     from headrace.device.wire import Load, Seen
 
-_TORCH_BYTES = 200 << 20  # that an embedding model brings with it when it is first asked
+_TORCH_BYTES = 200 << 20  # about what torch takes, which an embedding model brings with it when it is first asked
 _WORDS_BYTES = 25  # of a tokenizer in memory, for each of its file; until it is measured
 
 
@@ -51,10 +53,8 @@ def load(
         )
         loaded.executor.controls = Controls(words.result(), loaded.executor.capacity.vocab)
     encoder = open_embedding(what.embedding, loaded.device, phase) if what.embedding else None
-    own = worker.own_bytes() + (encoder[0].nbytes + _TORCH_BYTES if encoder and not encoder[0].loaded else 0)
-    told = replace(
-        loaded.facts(worker.encoder_facts(*encoder) if encoder else None), process=max(0, own - loaded.memory.weights)
-    )
+    known, own = _beside(encoder)
+    told = replace(loaded.facts(known), process=max(0, own - loaded.memory.weights))
     return worker.Held(loaded.executor, told, encoder[0] if encoder else None)
 
 
@@ -64,9 +64,17 @@ def look(what: Load) -> Seen:
 
     facts, expected = looked_at(what)
     encoder = open_embedding(what.embedding, expected.device, lambda _: None) if what.embedding else None
-    known, own = worker.encoder_facts(*encoder) if encoder else None, worker.own_bytes()
-    more = _WORDS_BYTES * len(facts.tokenizer_json)
-    return Seen(facts, replace(expected, process=own + more, shared=worker.all_bytes() - own), known)
+    known, own = _beside(encoder)
+    more, shared = _WORDS_BYTES * len(facts.tokenizer_json), worker.all_bytes() - worker.own_bytes()
+    return Seen(facts, replace(expected, process=own + more, shared=shared), known)
+
+
+def _beside(encoder: tuple[Encoder, str] | None) -> tuple[EncoderFacts | None, int]:
+    """What the embedding model beside is, and bytes of this process once that is loaded."""
+    if encoder is None:
+        return None, worker.own_bytes()
+    to_come = 0 if encoder[0].loaded else encoder[0].nbytes + _TORCH_BYTES
+    return worker.encoder_facts(*encoder), worker.own_bytes() + to_come
 
 
 def preload() -> None:

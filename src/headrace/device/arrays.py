@@ -3,6 +3,8 @@ seconds. numpy has no bfloat16: an array of uint16 is one of bfloat16 everywhere
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
 
 BF16 = np.dtype("<u2")
 _ALIGNED = 64  # bytes: a cache line, and the widest vector
+_LARGE_PAGE, _ARENA = 2 << 20, 64 << 20  # bytes
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 def floats(array: np.ndarray) -> np.ndarray:
@@ -21,11 +25,30 @@ def floats(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32, copy=False)
 
 
-def empty_bytes(count: int) -> np.ndarray:
-    """uint8 [count], not initialised, at the start of a cache line."""
-    memory = np.empty(count + _ALIGNED, dtype=np.uint8)
-    start = -memory.ctypes.data % _ALIGNED
-    return memory[start : start + count]
+class Arena:
+    """Memory for arrays that stay, one behind the other, in large pages where the kernel gives them: whoever reads all
+    of it in every step looks up fewer addresses."""
+
+    __slots__ = ("_used", "_whole")
+
+    def __init__(self) -> None:
+        self._whole = np.empty(0, np.uint8)
+        self._used = 0
+
+    def empty(self, count: int) -> np.ndarray:
+        """uint8 [count] at the start of a cache line. What is never written takes no memory."""
+        if self._used + count > len(self._whole):
+            size = max(-(-count // _LARGE_PAGE) * _LARGE_PAGE, _ARENA)
+            pages = mmap.mmap(-1, size + _LARGE_PAGE, **_PRIVATE)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with suppress(OSError):  # a kernel without them
+                    pages.madvise(mmap.MADV_HUGEPAGE)
+            whole = np.frombuffer(pages, np.uint8)
+            start = -whole.ctypes.data % _LARGE_PAGE
+            self._whole, self._used = whole[start : start + size], 0
+        begin = self._used
+        self._used += -(-count // _ALIGNED) * _ALIGNED
+        return self._whole[begin : begin + count]
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

@@ -1,6 +1,9 @@
 """Texts to vectors: what an embedding model is, and when it is loaded: its weights, and torch, when somebody asks.
 
 texts' tokens -> [ BERT, or a decoder that reads ] -> states of all tokens -> mean, first or last -> unit length
+
+The folder says how the states of a text's tokens become one vector: the mean where nothing says. Batches come one at a
+time and run on the thread that all tensor work of the process belongs to.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from headrace.device.weights import Weights, open_weights
 
 MOST_TOKENS = 8192  # of one text that a decoder reads: its attention is computed whole
 _MAX_SMALL_BYTES = 1 << 20  # of the small files around the weights
+_MOST = 1 << 20  # of anything that a config counts
 _FLOAT_BYTES = 4
 
 Vectors = Callable[[Sequence[Sequence[int]]], list[bytes]]  # token ids of some texts -> float32, little-endian, of each
@@ -32,9 +36,6 @@ _POOLINGS = {
     "pooling_mode_lasttoken": "last",
 }
 _MODULES = ("Transformer", "Pooling", "Normalize")
-
-
-_MOST = 1 << 20  # of anything that a config counts
 
 
 @dataclass(frozen=True, slots=True)

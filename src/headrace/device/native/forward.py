@@ -25,7 +25,7 @@ from headrace.device.native import library as native
 from headrace.device.native.draws import describe, log_softmax, penalise
 from headrace.device.native.weights import Packer
 from headrace.device.rope import Rope
-from headrace.device.sampler import Row, numbers, reporting, sampled, uniform
+from headrace.device.sampler import Row, numbers, penalties, reporting, sampled, uniform
 
 STRIP, KEY_TILE, QUERY_ROWS, ROW_CHUNK = 16, 64, 24, 4  # layout.h, step.cpp
 KV_KINDS: tuple[KVFormat, ...] = (KV_FP32, KV_BF16, KV_INT8)  # by their number in layout.h
@@ -139,14 +139,17 @@ class NativeForward:
         self._library.headrace_layers(self._runner, step)
         return out
 
-    def logits(self, hidden: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Of some rows after the last layer: float32 [len(rows), vocab], good until the next call."""
+    def logits(
+        self, hidden: np.ndarray, rows: np.ndarray, draws: ctypes.Array[native.Draw] | None = None
+    ) -> np.ndarray:
+        """Of some rows after the last layer: float32 [len(rows), vocab], good until the next call. With `draws`, a
+        token is drawn from each at once, and the logits may have changed."""
         if len(self._logits) < len(rows):
             self._logits = np.empty((len(rows), self.shape.vocab), np.float32)
         _within("a row of the last layer", rows, len(hidden))
         asked = rows.astype(np.int32)
         self._library.headrace_logits(
-            self._runner, hidden.ctypes.data, asked.ctypes.data, len(rows), self._logits.ctypes.data
+            self._runner, hidden.ctypes.data, asked.ctypes.data, len(rows), self._logits.ctypes.data, draws
         )
         return self._logits[: len(rows)]
 
@@ -154,7 +157,11 @@ class NativeForward:
         return np.concatenate(parts)
 
     def sample(self, hidden: np.ndarray, chosen: np.ndarray, rows: Sequence[Row]) -> list[Sampled]:
-        return self.drawn(self.logits(hidden, chosen), rows)
+        if reporting(rows) or any(penalties(rows)):  # something is done with the logits before a token is drawn
+            return self.drawn(self.logits(hidden, chosen), rows)
+        draws = _draws(rows, self.shape.vocab)
+        self.logits(hidden, chosen, draws)
+        return [Sampled((token,)) for token in numbers([draw.token for draw in draws])]
 
     def drawn(self, logits: np.ndarray, rows: Sequence[Row]) -> list[Sampled]:
         """A token for every row of logits [R, vocab], which are overwritten; `rows` stay as they are."""
@@ -172,7 +179,7 @@ class NativeForward:
         right = logits.shape == (len(rows), self.shape.vocab) and logits.dtype == np.float32
         if not right or not logits.flags.c_contiguous:
             raise OutOfBounds(f"{[*logits.shape]} logits are not {len(rows)} rows of {self.shape.vocab}")
-        draws = (native.Draw * len(rows))(*[_draw(row, self.shape.vocab) for row in rows])
+        draws = _draws(rows, self.shape.vocab)
         self._library.headrace_draw(self._runner, logits.ctypes.data, len(rows), draws)
         return numbers([draw.token for draw in draws])
 
@@ -221,6 +228,10 @@ def _within(what: str, indices: np.ndarray, count: int) -> None:
     """Raises OutOfBounds unless all indices are from 0 to count - 1."""
     if len(indices) and not 0 <= indices.min() <= indices.max() < count:
         raise OutOfBounds(f"{what} is {indices.min()} or {indices.max()}; there are {count}")
+
+
+def _draws(rows: Sequence[Row], vocab: int) -> ctypes.Array[native.Draw]:
+    return (native.Draw * len(rows))(*[_draw(row, vocab) for row in rows])
 
 
 def _draw(row: Row, vocab: int) -> native.Draw:

@@ -73,43 +73,85 @@ void integer_rows(const uint8_t* panel, int64_t groups, const Inputs& in, int64_
     }
 }
 
-struct Plain {  // how sixteen weights, keys or values are read
+// How sixteen weights, keys or values are read, and what they are multiplied with: one number, or two side by side.
+struct Single {
+    using X = float;
+    using W = Vec;
+    static constexpr int STEP = 1;
+    INLINE Vec spread(const float* x) { return all(*x); }
+    INLINE Vec dot(Vec sum, Vec x, Vec weights) { return fma(x, weights, sum); }
+};
+struct Plain : Single {
     static constexpr int64_t SIZE = 4;
     INLINE Vec at(const uint8_t* p) { return load((const float*)p); }
 };
-struct Brain {
+struct Brain : Single {
     static constexpr int64_t SIZE = 2;
     INLINE Vec at(const uint8_t* p) { return load_bf16(p); }
 };
-struct Small {
+struct Small : Single {
     static constexpr int64_t SIZE = 1;
     INLINE Vec at(const uint8_t* p) { return load_int8(p); }
 };
+struct Paired {
+    using X = Bf16;
+    using W = Pairs;
+    static constexpr int STEP = 2;
+    static constexpr int64_t SIZE = 4;  // of a pair
+    INLINE Pairs at(const uint8_t* p) { return load_pairs(p); }
+    INLINE Pairs spread(const Bf16* x) { return all_pairs(x); }
+    INLINE Vec dot(Vec sum, const Pairs& x, const Pairs& weights) { return headrace::dot(sum, x, weights); }
+};
 
-// sums[r] += a[r][0] * b[0] + a[r][1] * b[1] + ..., in this order; b's vectors lie `stride` elements apart.
-template <class L, int R>
-INLINE void chain(Vec (&sums)[R], const float* const (&a)[R], int64_t begin, int64_t count, const uint8_t* b, int64_t stride) {
+// sums[r][c] += a[r][0] * b[c][0] + a[r][1] * b[c][1] + ..., in this order; the vectors of a b[c] lie `stride` elements
+// apart. R * C chains at once hide the time that one multiplication takes; what lies at `ahead` is fetched meanwhile.
+template <class L, int R, int C>
+INLINE void chain(Vec (&sums)[R][C], const typename L::X* const (&a)[R], int64_t begin, int64_t count, const uint8_t* const (&b)[C],
+                  int64_t stride, const uint8_t* const (&ahead)[C]) {
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < count; k++) {
-        Vec row = L::at(b + k * stride * L::SIZE);
-        for (int r = 0; r < R; r++) sums[r] = fma(all(a[r][begin + k]), row, sums[r]);
+    for (int64_t k = 0; k * L::STEP < count; k++) {
+        typename L::W row[C];
+        for (int c = 0; c < C; c++) {
+            row[c] = L::at(b[c] + k * stride * L::SIZE);
+            __builtin_prefetch(ahead[c] + k * stride * L::SIZE);
+        }
+        for (int r = 0; r < R; r++) {
+            const auto x = L::spread(a[r] + begin + k * L::STEP);
+            for (int c = 0; c < C; c++) sums[r][c] = L::dot(sums[r][c], x, row[c]);
+        }
     }
+}
+
+template <class L, int R, int C>
+INLINE void float_tile(const uint8_t* panel, int64_t inputs, const float* const (&a)[R], int half, float* out) {
+    Vec total[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) total[r][c] = zero();
+    for (int64_t k = 0; k < inputs; k += CHAIN) {
+        Vec sums[R][C];
+        const uint8_t *b[C], *ahead[C];
+        for (int c = 0; c < C; c++) {
+            b[c] = panel + (k * PANEL + (half + c) * LANES) * L::SIZE;
+            ahead[c] = b[c] + AHEAD;
+            for (int r = 0; r < R; r++) sums[r][c] = zero();
+        }
+        chain<L, R, C>(sums, a, k, inputs - k < CHAIN ? inputs - k : CHAIN, b, PANEL, ahead);
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c++) total[r][c] = total[r][c] + sums[r][c];
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) store(out + r * PANEL + (half + c) * LANES, total[r][c]);
 }
 
 template <class L, int R>
 void float_rows(const uint8_t* panel, int64_t inputs, const Inputs& in, int64_t row, float* out) {
     const float* a[R];
     for (int r = 0; r < R; r++) a[r] = in.plain + (row + r) * in.width;
-    for (int h = 0; h < 2; h++) {
-        Vec total[R];
-        for (int r = 0; r < R; r++) total[r] = zero();
-        for (int64_t k = 0; k < inputs; k += CHAIN) {
-            Vec sums[R];
-            for (int r = 0; r < R; r++) sums[r] = zero();
-            chain<L, R>(sums, a, k, inputs - k < CHAIN ? inputs - k : CHAIN, panel + (k * PANEL + h * LANES) * L::SIZE, PANEL);
-            for (int r = 0; r < R; r++) total[r] = total[r] + sums[r];
-        }
-        for (int r = 0; r < R; r++) store(out + r * PANEL + h * LANES, total[r]);
+    if constexpr (2 * R <= FLOAT_CHAINS / 2) {
+        float_tile<L, R, 2>(panel, inputs, a, 0, out);
+    } else {
+        float_tile<L, R, 1>(panel, inputs, a, 0, out);
+        float_tile<L, R, 1>(panel, inputs, a, 1, out);
     }
 }
 
@@ -177,22 +219,15 @@ void fill(const float* x, int64_t count, int wanted, const Inputs& in, int64_t r
         const Vec a = load(from), b = load(from + LANES);
         const float most = largest(max(abs(a), abs(b)));
         const Vec inverse = all(most > 0 ? 127.0f / most : 0.0f);
-        alignas(64) int32_t whole[GROUP];
-        store_rounded(whole, a * inverse);
-        store_rounded(whole + LANES, b * inverse);
-        int32_t total = 0;
         int8_t* bytes = in.bytes + base + g * GROUP;
-        for (int i = 0; i < GROUP; i++) {
-            bytes[i] = int8_t(whole[i]);
-            total += whole[i];
-        }
+        const int32_t total = store_bytes(bytes, a * inverse) + store_bytes(bytes + LANES, b * inverse);
         if (wanted & PAIRS) {
             int16_t* pairs = in.pairs + base + g * GROUP;
             for (int i = 0; i < GROUP; i += 4) {
-                pairs[i] = int16_t(whole[i]);
-                pairs[i + 1] = int16_t(whole[i + 2]);
-                pairs[i + 2] = int16_t(whole[i + 1]);
-                pairs[i + 3] = int16_t(whole[i + 3]);
+                pairs[i] = bytes[i];
+                pairs[i + 1] = bytes[i + 2];
+                pairs[i + 2] = bytes[i + 1];
+                pairs[i + 3] = bytes[i + 3];
             }
         }
         in.scales[first_group + g] = most / 127.0f;
@@ -266,8 +301,9 @@ void store_kv(int32_t kind, const float* k, const float* v, int64_t head_dim, ui
         for (int64_t d = 0; d < head_dim; d++) ((float*)k_strip)[d * STRIP + slot] = k[d];
         std::memcpy((float*)v_strip + slot * head_dim, v, head_dim * sizeof(float));
     } else if (kind == KV_BF16) {
-        for (int64_t d = 0; d < head_dim; d++) ((uint16_t*)k_strip)[d * STRIP + slot] = to_bf16(k[d]);
-        for (int64_t d = 0; d < head_dim; d++) ((uint16_t*)v_strip)[slot * head_dim + d] = to_bf16(v[d]);
+        uint16_t *keys = (uint16_t*)k_strip + 2 * slot, *values = (uint16_t*)v_strip + slot / 2 * 2 * head_dim + slot % 2;
+        for (int64_t d = 0; d < head_dim; d++) keys[d / 2 * 2 * STRIP + d % 2] = to_bf16(k[d]);
+        for (int64_t d = 0; d < head_dim; d++) values[2 * d] = to_bf16(v[d]);
     } else {
         const float ks = int8_scale(k, head_dim), vs = int8_scale(v, head_dim);
         alignas(64) int32_t whole[LANES];
@@ -282,38 +318,65 @@ void store_kv(int32_t kind, const float* k, const float* v, int64_t head_dim, ui
     }
 }
 
-// Everything of one key tile: up to four strips of 16 keys, some of which no row may see (null).
+// Everything of one key tile. Values behind the last token that any row may see are not read (but one, with weight 0,
+// where two lie side by side). A strip that has no such token is the first one again, and its scores are masked.
 struct KeyTile {
     const uint8_t *keys[KEY_TILE / STRIP], *values[KEY_TILE / STRIP];
+    int64_t tokens;
 };
 
-// score[r][64] of R rows, by strips: a sum over head_dim in order.
+// Vectors that R rows meet at once.
+constexpr int beside(int rows) { return 4 * rows <= FLOAT_CHAINS ? 4 : 2 * rows <= FLOAT_CHAINS ? 2 : 1; }
+
+// score[r][64] of R rows: a sum over head_dim in order.
 template <class L, int R>
-INLINE void score_rows(const KeyTile& tile, const float* const (&q)[R], int64_t head_dim, float* score) {
-    for (int s = 0; s < KEY_TILE / STRIP; s++) {
-        Vec sums[R];
-        for (int r = 0; r < R; r++) sums[r] = zero();
-        if (tile.keys[s]) {
-            chain<L, R>(sums, q, 0, head_dim, tile.keys[s], STRIP);
-            if constexpr (L::SIZE == 1) {
-                Vec scale = load((const float*)(tile.keys[s] + STRIP * head_dim));
-                for (int r = 0; r < R; r++) sums[r] = sums[r] * scale;
-            }
+INLINE void score_rows(const KeyTile& tile, const KeyTile& ahead, const typename L::X* const (&q)[R], int64_t head_dim, float* score) {
+    constexpr int C = beside(R);
+    for (int s = 0; s < KEY_TILE / STRIP; s += C) {
+        Vec sums[R][C];
+        const uint8_t *keys[C], *next[C];
+        for (int c = 0; c < C; c++) {
+            keys[c] = tile.keys[s + c];
+            next[c] = ahead.keys[s + c];
+            for (int r = 0; r < R; r++) sums[r][c] = zero();
         }
-        for (int r = 0; r < R; r++) store(score + r * KEY_TILE + s * STRIP, sums[r]);
+        chain<L, R, C>(sums, q, 0, head_dim, keys, STRIP, next);
+        for (int c = 0; c < C; c++) {
+            if constexpr (L::SIZE == 1) {
+                const Vec scale = load((const float*)(keys[c] + STRIP * head_dim));
+                for (int r = 0; r < R; r++) sums[r][c] = sums[r][c] * scale;
+            }
+            for (int r = 0; r < R; r++) store(score + r * KEY_TILE + (s + c) * STRIP, sums[r][c]);
+        }
     }
 }
 
-// value[r][head_dim] += weights[r][64] * V of the tile, keys in order.
-template <class L, int R>
-INLINE void value_rows(const KeyTile& tile, const float* const (&weights)[R], int64_t head_dim, float* value) {
-    for (int64_t d = 0; d < head_dim; d += LANES) {
-        Vec sums[R];
-        for (int r = 0; r < R; r++) sums[r] = load(value + r * head_dim + d);
-        for (int s = 0; s < KEY_TILE / STRIP; s++)
-            if (tile.values[s]) chain<L, R>(sums, weights, s * STRIP, STRIP, tile.values[s] + d * L::SIZE, head_dim);
-        for (int r = 0; r < R; r++) store(value + r * head_dim + d, sums[r]);
+// value[r][C vectors] += weights[r][64] * V of the tile, keys in order.
+template <class L, int R, int C>
+INLINE void value_tile(const KeyTile& tile, const KeyTile& ahead, const typename L::X* const (&weights)[R], int64_t head_dim, int64_t d, float* value) {
+    Vec sums[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sums[r][c] = load(value + r * head_dim + d + c * LANES);
+    for (int64_t token = 0; token < tile.tokens; token += STRIP) {
+        const uint8_t *values[C], *next[C];
+        for (int c = 0; c < C; c++) {
+            const int64_t offset = (d + c * LANES) * L::SIZE;
+            values[c] = tile.values[token / STRIP] + offset;
+            next[c] = ahead.values[token / STRIP] + offset;
+        }
+        chain<L, R, C>(sums, weights, token, tile.tokens - token < STRIP ? tile.tokens - token : STRIP, values, head_dim, next);
     }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) store(value + r * head_dim + d + c * LANES, sums[r][c]);
+}
+
+template <class L, int R>
+INLINE void value_rows(const KeyTile& tile, const KeyTile& ahead, const typename L::X* const (&weights)[R], int64_t head_dim, float* value) {
+    constexpr int C = beside(R);
+    int64_t d = 0;
+    for (; d + C * LANES <= head_dim; d += C * LANES) value_tile<L, R, C>(tile, ahead, weights, head_dim, d, value);
+    if constexpr (C > 1)
+        for (; d < head_dim; d += LANES) value_tile<L, R, 1>(tile, ahead, weights, head_dim, d, value);
 }
 
 // The online softmax of one row over one tile: scores become weights. `state`: maximum, sum of each lane.
@@ -341,39 +404,52 @@ INLINE void soften(float* score, int64_t first_key, int32_t position, int32_t wi
 
 // Sums of int8 values carry the scale of each token, so it goes into the weights.
 INLINE void scale_weights(const KeyTile& tile, int64_t head_dim, float* weights) {
-    for (int s = 0; s < KEY_TILE / STRIP; s++)
-        if (tile.values[s]) {
-            const float* scale = (const float*)(tile.values[s] + STRIP * head_dim);
-            store(weights + s * STRIP, load(weights + s * STRIP) * load(scale));
-        }
+    for (int s = 0; s < KEY_TILE / STRIP; s++) {
+        const float* scale = (const float*)(tile.values[s] + STRIP * head_dim);
+        store(weights + s * STRIP, load(weights + s * STRIP) * load(scale));
+    }
 }
 
-struct Scratch {  // of the rows of one call: values, weights, and maximum and lane sums
-    float *value, *weights, *state;
+struct Scratch {  // of the rows of one call: values, weights, maximum and lane sums, and queries as they are multiplied
+    float *value, *weights, *state, *queries;
 };
 
-// Rows first, ..., last - 1 meet the key tiles from key `begin` to key `end`, which one block table names.
+KeyTile tile_of(const Heads& heads, const Keys& keys) {
+    const int64_t strip = strip_bytes(heads.kind, heads.head_dim), per_block = heads.block_tokens / STRIP;
+    KeyTile tile{{}, {}, keys.last - keys.first < KEY_TILE ? keys.last - keys.first + 1 : KEY_TILE};
+    for (int s = 0; s < KEY_TILE / STRIP; s++) {
+        const int64_t index = keys.first / STRIP + (s * STRIP < tile.tokens ? s : 0);
+        const int64_t place = (int64_t(keys.table[index / per_block]) * per_block + index % per_block) * strip;
+        tile.keys[s] = heads.keys + place;
+        tile.values[s] = heads.values + place;
+    }
+    return tile;
+}
+
+// Rows first, ..., last - 1 meet some keys, tile by tile; the next tile is fetched meanwhile, and `after` at last.
 template <class L>
-void meet(const Heads& heads, const Queries& queries, int first, int last, const int32_t* table, int64_t begin, int64_t end, Scratch at) {
-    const int64_t width = heads.head_dim, strip = strip_bytes(heads.kind, width), per_block = heads.block_tokens / STRIP;
-    for (; begin <= end; begin += KEY_TILE) {
-        KeyTile tile{{}, {}};
-        for (int s = 0; s < KEY_TILE / STRIP && begin + s * STRIP <= end; s++) {
-            const int64_t index = begin / STRIP + s;
-            const int64_t place = (int64_t(table[index / per_block]) * per_block + index % per_block) * strip;
-            tile.keys[s] = heads.keys + place;
-            tile.values[s] = heads.values + place;
-        }
+void meet(const Heads& heads, const Queries& queries, int first, int last, Keys keys, const KeyTile& after, Scratch at) {
+    const int64_t width = heads.head_dim;
+    KeyTile tile = tile_of(heads, keys), next;
+    for (; keys.first <= keys.last; tile = next) {
+        const int64_t begin = keys.first;
+        keys.first += KEY_TILE;
+        next = keys.first <= keys.last ? tile_of(heads, keys) : after;
         in_tiles<FLOAT_ROWS>(first, last, [&](auto count, int64_t row) {
             constexpr int R = count;
-            const float *q[R], *weights[R];
-            for (int r = 0; r < R; r++) q[r] = queries.q[row + r], weights[r] = at.weights + (row + r) * KEY_TILE;
-            score_rows<L, R>(tile, q, width, at.weights + row * KEY_TILE);
+            const KeyTile& ahead = row == first ? next : tile;
+            const typename L::X *q[R], *weights[R];
+            for (int r = 0; r < R; r++) {
+                q[r] = (const typename L::X*)(L::STEP > 1 ? at.queries + (row + r) * width : queries.q[row + r]);
+                weights[r] = (const typename L::X*)(at.weights + (row + r) * KEY_TILE);
+            }
+            score_rows<L, R>(tile, ahead, q, width, at.weights + row * KEY_TILE);
             for (int64_t r = row; r < row + R; r++) {
                 soften(at.weights + r * KEY_TILE, begin, queries.position[r], heads.window, at.state + r * 2 * LANES, at.value + r * width, width);
                 if constexpr (L::SIZE == 1) scale_weights(tile, width, at.weights + r * KEY_TILE);
+                if constexpr (L::STEP > 1) narrow(at.weights + r * KEY_TILE, KEY_TILE, at.weights + r * KEY_TILE);
             }
-            value_rows<L, R>(tile, weights, width, at.value + row * width);
+            value_rows<L, R>(tile, ahead, weights, width, at.value + row * width);
         });
     }
 }
@@ -381,24 +457,28 @@ void meet(const Heads& heads, const Queries& queries, int first, int last, const
 template <class L>
 void attend_as(const Heads& heads, const Queries& queries, float* scratch) {
     const int64_t width = heads.head_dim;
-    Scratch at{scratch, scratch + QUERY_ROWS * width, scratch + QUERY_ROWS * (width + KEY_TILE)};
+    Scratch at{scratch, scratch + QUERY_ROWS * width, scratch + QUERY_ROWS * (width + KEY_TILE),
+               scratch + QUERY_ROWS * (width + KEY_TILE + 2 * LANES)};
     int32_t oldest = queries.position[0];
     for (int r = 0; r < queries.count; r++) {
         oldest = queries.position[r] < oldest ? queries.position[r] : oldest;
         at.state[r * 2 * LANES] = -1e30f;  // not -inf: a row may find a whole tile masked
         store(at.state + r * 2 * LANES + LANES, zero());
+        if constexpr (L::STEP > 1) narrow(queries.q[r], width, at.queries + r * width);
         for (int64_t d = 0; d < width; d += LANES) store(at.value + r * width + d, zero());
     }
-    const int64_t seen = heads.window ? int64_t(oldest) - heads.window + 1 : 0;
-    int64_t begin = seen > 0 ? seen / KEY_TILE * KEY_TILE : 0;
-    const int64_t together = int64_t(queries.shared_tiles) * KEY_TILE;
-    if (begin < together) {
-        meet<L>(heads, queries, 0, queries.count, queries.table[0], begin, together - 1, at);
+    int64_t begin = first_key(oldest, heads.window);
+    auto own = [&](int member) { return Keys{queries.table[member], begin, queries.position[(member + 1) * queries.per_member - 1]}; };
+    if (const int64_t together = int64_t(queries.shared_tiles) * KEY_TILE; begin < together) {
+        const Keys common{queries.table[0], begin, together - 1};
         begin = together;
+        meet<L>(heads, queries, 0, queries.count, common, tile_of(heads, own(0)), at);
     }
-    for (int member = 0, row = 0; member < queries.members; member++, row += queries.per_member)
-        meet<L>(heads, queries, row, row + queries.per_member, queries.table[member], begin,
-                queries.position[row + queries.per_member - 1], at);
+    for (int member = 0, row = 0; member < queries.members; member++, row += queries.per_member) {
+        const bool more = member + 1 < queries.members;
+        const KeyTile after = more ? tile_of(heads, own(member + 1)) : tile_of(queries.next_heads, queries.next);
+        meet<L>(heads, queries, row, row + queries.per_member, own(member), after, at);
+    }
     for (int r = 0; r < queries.count; r++) {
         const Vec total = all(sum(load(at.state + r * 2 * LANES + LANES)));
         for (int64_t d = 0; d < width; d += LANES) store(queries.out[r] + d, load(at.value + r * width + d) / total);
@@ -407,7 +487,7 @@ void attend_as(const Heads& heads, const Queries& queries, float* scratch) {
 
 void attend(const Heads& heads, const Queries& queries, float* scratch) {
     if (heads.kind == KV_FP32) attend_as<Plain>(heads, queries, scratch);
-    else if (heads.kind == KV_BF16) attend_as<Brain>(heads, queries, scratch);
+    else if (heads.kind == KV_BF16) attend_as<Paired>(heads, queries, scratch);
     else attend_as<Small>(heads, queries, scratch);
 }
 

@@ -18,6 +18,8 @@
 //
 //   a strip of K:  [head_dim][16 tokens]  a score of 16 keys is a sum over rows    | INT8: 16 scales (float) follow
 //   a strip of V:  [16 tokens][head_dim]  a weighted value is a sum over rows      | INT8: 16 scales (float) follow
+//   BF16, two rows side by side:  K [head_dim / 2][16 tokens][2]   V [8][head_dim][2 tokens]
+//                                 queries and weights of the softmax are rounded to bf16 before they meet these
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -54,6 +56,7 @@ struct Matrix {
     const uint8_t* panels;  // null: there is no such matrix
     const float* bias;      // [outputs] or null
     int64_t count() const { return ceil_div(outputs, PANEL); }
+    int64_t bytes() const { return count() * panel_bytes(format, inputs); }
     const uint8_t* panel(int64_t index) const { return panels + index * panel_bytes(format, inputs); }
 };
 
@@ -108,6 +111,21 @@ struct Inputs {
 };
 enum Wanted { PLAIN = 1, BYTES = 2, PAIRS = 4 };  // which of these to fill
 
+struct Heads {  // one KV head of one layer
+    int32_t kind, block_tokens, head_dim, window;
+    const uint8_t *keys, *values;  // plane of this head: [blocks][strips]
+};
+
+struct Keys {  // of one request, from the beginning of a tile to the last one that counts
+    const int32_t* table;
+    int64_t first, last;
+};
+
+inline int64_t first_key(int32_t position, int32_t window) {  // of the tile with the oldest key that a position sees
+    const int64_t oldest = window ? int64_t(position) - window + 1 : 0;
+    return oldest > 0 ? oldest / KEY_TILE * KEY_TILE : 0;
+}
+
 // Rows that attend with one KV head together. A member is a request: `per_member` rows of its heads and positions.
 // The first `shared_tiles` key tiles of all members lie in the same blocks and are read once for all of them.
 struct Queries {
@@ -116,11 +134,8 @@ struct Queries {
     float* out[QUERY_ROWS];      // [head_dim]
     const int32_t* table[QUERY_ROWS];  // of each member
     int count, members, per_member, shared_tiles;
-};
-
-struct Heads {  // one KV head of one layer
-    int32_t kind, block_tokens, head_dim, window;
-    const uint8_t *keys, *values;  // plane of this head: [blocks][strips]
+    Heads next_heads;  // what will be read after these: its first tile is fetched in the meantime
+    Keys next;
 };
 
 struct Draw {                 // how the token of a row of logits is drawn, and which it was

@@ -10,7 +10,7 @@ from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_i
 from functools import cache
 from pathlib import Path
 
-VARIANTS = ("avx512", "avx2", "portable")  # best first; `portable` runs anywhere, and slower than torch
+VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")  # best first; `portable` runs anywhere, and slower than torch
 
 
 class Matrix(Structure):
@@ -75,7 +75,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         "headrace_open": (c_void_p, [POINTER(Config), POINTER(Cache), c_char_p, c_int32, c_void_p]),
         "headrace_close": (None, [c_void_p]),
         "headrace_layers": (None, [c_void_p, POINTER(Step)]),
-        "headrace_logits": (None, [c_void_p, c_void_p, c_void_p, c_int32, c_void_p]),
+        "headrace_logits": (None, [c_void_p, c_void_p, c_void_p, c_int32, c_void_p, POINTER(Draw)]),
         "headrace_draw": (None, [c_void_p, c_void_p, c_int32, POINTER(Draw)]),
         "headrace_times": (None, [c_void_p, POINTER(c_double)]),
         "headrace_packed_bytes": (c_int64, [c_int32, c_int64, c_int64]),

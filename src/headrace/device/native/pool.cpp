@@ -13,6 +13,8 @@ namespace {
 
 constexpr uint64_t FIELD = (1u << 22) - 1;  // chunks and next; the phase has the upper 20 bits
 constexpr int64_t SPIN_NS = 50'000;
+constexpr int64_t LINE = 64, PIECE = 1024;  // bytes that are fetched between two looks
+constexpr int64_t MOST_AHEAD = 256 << 10;   // bytes for each thread: a part of the cache that it has to itself
 
 uint64_t phase_of(uint64_t ticket) { return ticket >> 44; }
 int32_t chunks_of(uint64_t ticket) { return int32_t(ticket >> 22 & FIELD); }
@@ -90,14 +92,29 @@ bool Pool::take(int worker) {
 
 void Pool::publish(size_t phase) {
     done_.store(0, std::memory_order_relaxed);
-    const uint64_t chunks = phase < phases_->size() ? uint64_t((*phases_)[phase].chunks) : 0;
+    const bool more = phase < phases_->size();
+    ahead_.store(more ? (*phases_)[phase].ahead : nullptr, std::memory_order_relaxed);
+    ahead_bytes_.store(more ? std::min((*phases_)[phase].ahead_bytes, threads_ * MOST_AHEAD) : 0, std::memory_order_relaxed);
+    fetched_.store(0, std::memory_order_relaxed);
+    const uint64_t chunks = more ? uint64_t((*phases_)[phase].chunks) : 0;
     ticket_.store(uint64_t(phase) << 44 | chunks << 22, std::memory_order_seq_cst);
     epoch_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst)) epoch_.notify_all();
 }
 
+// Fetch a piece of what the next phase reads, if there is any left. Phases may change meanwhile: then it is a piece of
+// something else, or of nothing, which a fetch ignores.
+bool Pool::fetch() {
+    const int64_t begin = fetched_.fetch_add(PIECE, std::memory_order_relaxed);
+    const int64_t end = std::min(begin + PIECE, ahead_bytes_.load(std::memory_order_relaxed));
+    const uint8_t* ahead = ahead_.load(std::memory_order_relaxed);
+    for (int64_t at = begin; at < end; at += LINE) __builtin_prefetch(ahead + at);
+    return begin < end;
+}
+
 // Until there is another ticket than this one.
 void Pool::wait(uint64_t ticket) {
+    while (ticket_.load(std::memory_order_acquire) == ticket && fetch()) {}
     const int64_t until = now_ns() + SPIN_NS;
     do {
         for (int i = 0; i < 32; i++) {

@@ -7,7 +7,8 @@
 //   ticket:  | phase | chunks | next |      next < chunks: take some by compare-and-swap, then do them
 //                                           the last chunk done: its thread publishes the next phase
 //
-// Waiting threads spin for some tens of microseconds and then sleep, so a neighbour loses little to them.
+// A thread that finds no chunk left fetches what the next phase reads, piece by piece, into its cache: memory would lie
+// idle otherwise. Waiting threads spin for some tens of microseconds and then sleep, so a neighbour loses little to them.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -18,6 +19,8 @@ namespace headrace {
 
 struct Phase {
     int32_t kind, layer, chunks;
+    const uint8_t* ahead;  // what the next phase reads first, for threads that find nothing to do in this one; or null
+    int64_t ahead_bytes;
 };
 
 class Pool {
@@ -34,6 +37,7 @@ class Pool {
 
   private:
     bool take(int worker);
+    bool fetch();
     void publish(size_t phase);
     void wait(uint64_t ticket);
     void serve(int worker);
@@ -42,6 +46,9 @@ class Pool {
     std::vector<std::thread> others_;
     alignas(64) std::atomic<uint64_t> ticket_{0};
     alignas(64) std::atomic<int32_t> done_{0};
+    alignas(64) std::atomic<int64_t> fetched_{0};  // bytes of what lies ahead that somebody has fetched in this phase
+    std::atomic<int64_t> ahead_bytes_{0};
+    std::atomic<const uint8_t*> ahead_{nullptr};
     alignas(64) std::atomic<uint32_t> epoch_{0};
     std::atomic<int32_t> sleepers_{0};
     std::atomic<bool> stopping_{false};

@@ -16,7 +16,7 @@
 namespace headrace {
 
 #if defined(__x86_64__)
-extern const Kernels avx512, avx2;
+extern const Kernels avx512bf16, avx512, avx2;
 #endif
 extern const Kernels portable;
 
@@ -32,6 +32,7 @@ bool can_run(const Kernels& kernels) {
     __builtin_cpu_init();
     const bool eight = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (&kernels == &avx2) return eight;
+    if (&kernels == &avx512bf16) return can_run(avx512) && __builtin_cpu_supports("avx512bf16");
     return eight && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 #endif
@@ -41,7 +42,7 @@ bool can_run(const Kernels& kernels) {
 const Kernels* kernels_called(const char* name) {
     const Kernels* all[] = {
 #if defined(__x86_64__)
-        &avx512, &avx2,
+        &avx512bf16, &avx512, &avx2,
 #endif
         &portable};
     for (const Kernels* each : all)
@@ -99,26 +100,29 @@ class Runner {
         lay_out();
         phases_.clear();
         const int32_t rows = int32_t(ceil_div(step.rows, ROW_CHUNK)), blocks = int32_t(ceil_div(step.rows, ROW_BLOCK));
-        auto then = [&](Kind kind, int32_t layer, int64_t chunks) { phases_.push_back({kind, layer, int32_t(chunks)}); };
-        if (step.first == 0) then(EMBED, 0, rows);
+        auto then = [&](Kind kind, int32_t layer, int64_t chunks, const Matrix* ahead) {
+            phases_.push_back({kind, layer, int32_t(chunks), ahead ? ahead->panels : nullptr, ahead ? ahead->bytes() : 0});
+        };
+        if (step.first == 0) then(EMBED, 0, rows, nullptr);
         for (int32_t index = step.first; index < step.last; index++) {
             const Layer& layer = config_.layer[index];
-            then(NORM_ATTENTION, index, rows);
-            then(QKV, index, blocks * (layer.q.count() + layer.k.count() + layer.v.count()));
-            then(TURN, index, rows);
-            then(ATTEND, index, int64_t(tiles_.size()) * config_.kv_heads);
-            if (config_.head_dim % GROUP) then(FILL, index, rows);
-            then(OUT, index, blocks * layer.out.count());
-            then(NORM_FFN, index, rows);
-            then(GATE_UP, index, blocks * layer.gate.count());
-            then(DOWN, index, blocks * layer.down.count());
-            if (layer.after_ffn) then(SETTLE, index, rows);
+            const Matrix* next = index + 1 < config_.layers ? &config_.layer[index + 1].q : &config_.head;
+            then(NORM_ATTENTION, index, rows, &layer.q);
+            then(QKV, index, blocks * (layer.q.count() + layer.k.count() + layer.v.count()), nullptr);
+            then(TURN, index, rows, &layer.out);
+            then(ATTEND, index, int64_t(tiles_.size()) * config_.kv_heads, &layer.out);
+            if (config_.head_dim % GROUP) then(FILL, index, rows, &layer.out);
+            then(OUT, index, blocks * layer.out.count(), &layer.gate);
+            then(NORM_FFN, index, rows, &layer.gate);
+            then(GATE_UP, index, blocks * layer.gate.count(), &layer.down);
+            then(DOWN, index, blocks * layer.down.count(), next);
+            if (layer.after_ffn) then(SETTLE, index, rows, next);
         }
         pool_.run(phases_, work, this, spent_);
     }
 
-    // logits[i][vocab] of rows[i] of x
-    void logits(const float* x, const int32_t* rows, int32_t count, float* logits) {
+    // logits[i][vocab] of rows[i] of x; and, if `draws` says how, a token for each
+    void logits(const float* x, const int32_t* rows, int32_t count, float* logits, Draw* draws) {
         if (!count) return;
         asked_ = rows;
         logits_ = logits;
@@ -127,8 +131,10 @@ class Runner {
         step_.x = const_cast<float*>(x);
         head_in_ = of_hidden_.get(count, config_.hidden, wanted(config_.head));
         phases_.clear();
-        phases_.push_back({NORM_HEAD, 0, int32_t(ceil_div(count, ROW_CHUNK))});
-        phases_.push_back({HEAD, 0, int32_t(ceil_div(count, ROW_BLOCK) * config_.head.count())});
+        const Matrix& head = config_.head;
+        phases_.push_back({NORM_HEAD, 0, int32_t(ceil_div(count, ROW_CHUNK)), head.panels, head.bytes()});
+        phases_.push_back({HEAD, 0, int32_t(ceil_div(count, ROW_BLOCK) * head.count()), nullptr, 0});
+        if (draws) then_draw(count, draws);
         pool_.run(phases_, work, this, spent_);
     }
 
@@ -136,9 +142,8 @@ class Runner {
     void draw(float* logits, int32_t count, Draw* draws) {
         if (!count) return;
         logits_ = logits;
-        draws_ = draws;
-        grown(draw_scratch_, size_t(draw_scratch(config_.vocab) * pool_.threads()));
-        phases_.assign(1, {DRAW, 0, count});
+        phases_.clear();
+        then_draw(count, draws);
         pool_.run(phases_, work, this, spent_);
     }
 
@@ -162,6 +167,12 @@ class Runner {
     int wanted(const Matrix& m) const {
         if (m.format == Q8) return BYTES | kernels_.wanted_for_q8;
         return m.format == Q4 ? BYTES : PLAIN;
+    }
+
+    void then_draw(int32_t count, Draw* draws) {
+        draws_ = draws;
+        grown(draw_scratch_, size_t(draw_scratch(config_.vocab) * pool_.threads()));
+        phases_.push_back({DRAW, 0, count, nullptr, 0});
     }
 
     // What the step's rows are, and memory for them.
@@ -293,13 +304,23 @@ class Runner {
         }
     }
 
+    Heads heads(int32_t index, int64_t head) const {
+        const int64_t plane = head * cache_.blocks * (cache_.block_tokens / STRIP) * strip_bytes(cache_.kind, config_.head_dim);
+        return {cache_.kind, cache_.block_tokens, config_.head_dim, config_.layer[index].window, cache_.keys[index] + plane,
+                cache_.values[index] + plane};
+    }
+
+    // What the first member of a tile reads.
+    Keys keys(int32_t index, const Tile& tile) const {
+        const Span& span = step_.span[tile.span];
+        return {step_.tables + span.table, first_key(positions_[tile.row], config_.layer[index].window),
+                positions_[tile.row + (tile.members > 1 ? 1 : tile.count) - 1]};
+    }
+
     void attend(int32_t index, int64_t chunk, int worker) {
-        const Layer& layer = config_.layer[index];
         const int64_t head = chunk % config_.kv_heads, width = config_.head_dim;
         const Tile& tile = tiles_[chunk / config_.kv_heads];
-        const int64_t plane = head * cache_.blocks * (cache_.block_tokens / STRIP) * strip_bytes(cache_.kind, width);
-        const Heads heads{cache_.kind, cache_.block_tokens, config_.head_dim, layer.window,
-                          cache_.keys[index] + plane, cache_.values[index] + plane};
+        const int64_t after = std::min<int64_t>(chunk + 1, int64_t(tiles_.size()) * config_.kv_heads - 1);
         float* out = scratch(worker) + ATTEND_SCRATCH(width);
         Queries queries{};
         queries.per_member = tile.count * group_;
@@ -316,7 +337,9 @@ class Runner {
                 }
             }
         }
-        kernels_.attend(heads, queries, scratch(worker));
+        queries.next_heads = heads(index, after % config_.kv_heads);
+        queries.next = keys(index, tiles_[after / config_.kv_heads]);
+        kernels_.attend(heads(index, head), queries, scratch(worker));
         for (int i = 0; i < queries.count; i++) {
             const int64_t row = tile.row + i / group_, column = (head * group_ + i % group_) * width;
             if (width % GROUP) std::memcpy(qkv(row) + column, queries.out[i], width * sizeof(float));
@@ -405,8 +428,8 @@ void headrace_close(void* runner) { delete static_cast<Runner*>(runner); }
 void headrace_layers(void* runner, const Step* step) { static_cast<Runner*>(runner)->layers(*step); }
 void headrace_times(void* runner, double* seconds) { static_cast<Runner*>(runner)->times(seconds); }
 
-void headrace_logits(void* runner, const float* x, const int32_t* rows, int32_t count, float* logits) {
-    static_cast<Runner*>(runner)->logits(x, rows, count, logits);
+void headrace_logits(void* runner, const float* x, const int32_t* rows, int32_t count, float* logits, Draw* draws) {
+    static_cast<Runner*>(runner)->logits(x, rows, count, logits, draws);
 }
 
 // A token for each of `count` rows of logits, which may change.

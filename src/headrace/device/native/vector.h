@@ -48,6 +48,11 @@ INLINE Vec load_half(const uint8_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si
 INLINE Vec load_bf16(const uint8_t* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))}; }
 INLINE Vec load_int8(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 INLINE void store_rounded(int32_t* p, Vec a) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(a.v)); }
+INLINE int32_t store_bytes(int8_t* p, Vec a) {  // rounded; returns their sum
+    __m512i whole = _mm512_cvtps_epi32(a.v);
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(whole));
+    return _mm512_reduce_add_epi32(whole);
+}
 INLINE __m256 eight(Vec a) {
     return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1)));
 }
@@ -122,6 +127,19 @@ INLINE void store_rounded(int32_t* p, Vec a) { EACH p[i] = int32_t((a.v[i] + 0x1
 
 #endif
 
+#if !defined(HEADRACE_AVX512)
+INLINE int32_t store_bytes(int8_t* p, Vec a) {
+    alignas(64) int32_t whole[LANES];
+    store_rounded(whole, a);
+    int32_t total = 0;
+    for (int i = 0; i < LANES; i++) {
+        p[i] = int8_t(whole[i]);
+        total += whole[i];
+    }
+    return total;
+}
+#endif
+
 // The same tree everywhere: sixteen to eight, to four, to two, to one.
 #if defined(HEADRACE_AVX512) || defined(HEADRACE_AVX2)
 INLINE float sum(Vec x) {
@@ -165,6 +183,62 @@ INLINE Vec exp(Vec x) {
     return where_above(x, lowest, times_two_to(p, n));
 }
 
+// Products of bf16, two at a time: sum + odd * odd + even * even, with one rounding for each of the two additions. Where
+// the machine has no such instruction, both halves are multiplied as floats that bf16 can hold.
+
+#if defined(__AVX512BF16__)
+
+using Bf16 = uint16_t;
+struct Pairs { __m512bh v; };
+INLINE Pairs load_pairs(const uint8_t* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+INLINE Pairs all_pairs(const Bf16* p) {
+    int32_t both;
+    std::memcpy(&both, p, 4);
+    return {(__m512bh)_mm512_set1_epi32(both)};
+}
+INLINE Vec dot(Vec sum, Pairs x, Pairs y) { return {_mm512_dpbf16_ps(sum.v, x.v, y.v)}; }
+INLINE void narrow(const float* from, int64_t count, float* to) {  // may be the same memory
+    for (int64_t i = 0; i < count; i += LANES)
+        _mm256_storeu_si256((__m256i*)((uint8_t*)to + 2 * i), (__m256i)_mm512_cvtneps_pbh(load(from + i).v));
+}
+
+#else
+
+using Bf16 = float;
+struct Pairs { Vec even, odd; };
+#if defined(HEADRACE_AVX512)
+INLINE Pairs load_pairs(const uint8_t* p) {
+    __m512i both = _mm512_loadu_si512(p);
+    return {{_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))}, {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int32_t(0xffff0000))))}};
+}
+#elif defined(HEADRACE_AVX2)
+INLINE __m256 evens(const uint8_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16)); }
+INLINE __m256 odds(const uint8_t* p) { return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(int32_t(0xffff0000)))); }
+INLINE Pairs load_pairs(const uint8_t* p) { return {{evens(p), evens(p + 32)}, {odds(p), odds(p + 32)}}; }
+#else
+INLINE Pairs load_pairs(const uint8_t* p) {
+    Pairs r;
+    EACH {
+        uint32_t even = uint32_t(word_at(p, 2 * i)) << 16, odd = uint32_t(word_at(p, 2 * i + 1)) << 16;
+        std::memcpy(&r.even.v[i], &even, 4);
+        std::memcpy(&r.odd.v[i], &odd, 4);
+    }
+    return r;
+}
+#endif
+INLINE Pairs all_pairs(const Bf16* p) { return {all(p[0]), all(p[1])}; }
+INLINE Vec dot(Vec sum, const Pairs& x, const Pairs& y) { return fma(x.even, y.even, fma(x.odd, y.odd, sum)); }
+INLINE void narrow(const float* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, 4);
+        bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+        std::memcpy(to + i, &bits, 4);
+    }
+}
+
+#endif
+
 // Products of unsigned weights and signed inputs, four at a time, for sixteen outputs: exact in 32 bits.
 //
 // AVX2 has no such instruction that cannot overflow 16 bits for Q8, so there weights are spread to 16 bits and inputs
@@ -200,7 +274,7 @@ struct Q4Dot {
     INLINE void dot(S& s, W w, const Inputs& in, int64_t at) { multiply(s, w, in.bytes + at); }
     INLINE Vec end(S s) { return {_mm512_cvtepi32_ps(s.v)}; }
 };
-constexpr int INT_ROWS = 6, INT_WIDE = 2, FLOAT_ROWS = 8;
+constexpr int INT_ROWS = 6, INT_WIDE = 2, FLOAT_ROWS = 8, FLOAT_CHAINS = 24;
 
 #elif defined(HEADRACE_AVX2)
 
@@ -247,7 +321,7 @@ struct Q4Dot {
         return {_mm256_cvtepi32_ps(_mm256_madd_epi16(s.a, ones)), _mm256_cvtepi32_ps(_mm256_madd_epi16(s.b, ones))};
     }
 };
-constexpr int INT_ROWS = 4, INT_WIDE = 1, FLOAT_ROWS = 6;
+constexpr int INT_ROWS = 4, INT_WIDE = 1, FLOAT_ROWS = 6, FLOAT_CHAINS = 4;
 
 #else
 
@@ -273,7 +347,7 @@ struct Q4Dot {
     INLINE void dot(S& s, const W& w, const Inputs& in, int64_t at) { Q8Dot::dot(s, w, in, at); }
     INLINE Vec end(S s) { return Q8Dot::end(s); }
 };
-constexpr int INT_ROWS = 2, INT_WIDE = 1, FLOAT_ROWS = 2;
+constexpr int INT_ROWS = 2, INT_WIDE = 1, FLOAT_ROWS = 2, FLOAT_CHAINS = 2;
 
 #endif
 

@@ -17,7 +17,7 @@ import numpy as np
 from headrace.core.shape import BF16, FP32, Q4, Q8, WeightFormat
 from headrace.device.architecture import LlamaConfig
 from headrace.device.arrays import BF16 as BF16_ARRAY
-from headrace.device.arrays import empty_bytes, floats
+from headrace.device.arrays import Arena, floats
 from headrace.device.checkpoint import GGUFTensors, Tensors
 from headrace.device.modelfile import BadModelFile
 from headrace.device.native import library as native
@@ -55,6 +55,7 @@ class Packer:
     packed: Callable[[int], None] = lambda _: None  # hears how many bytes, after each matrix
     bits: dict[str, int] = field(default_factory=dict)  # format -> weights kept in it
     embedding_bytes: int = 0
+    _arena: Arena = field(default_factory=Arena)
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +72,7 @@ class Packer:
         format = FORMATS.index(kept.format)
         found = native.library()
         assert found is not None
-        panels = empty_bytes(found.headrace_packed_bytes(format, outputs, inputs))
+        panels = self._arena.empty(found.headrace_packed_bytes(format, outputs, inputs))
         found.headrace_pack(
             format, kept.source, rows.ctypes.data, rows.strides[0], outputs, inputs, panels.ctypes.data, self.threads
         )
