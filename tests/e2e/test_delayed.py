@@ -31,9 +31,9 @@ from gateway_rig import byte_level_json
 from tiny_chat import write
 
 HEADRACE = (sys.executable, "-m", "headrace.cli")
-PROMPT_TOKENS = 8000
+PROMPT_TOKENS = 15_000  # read in so many steps that waiting for it is worth a word on a fast machine too
 PATIENCE_S = 60.0
-SAID = r"in the queue.*while a prompt of 8,\d\d\d tokens of another tenant was computed"
+SAID = r"in the queue.*while a prompt of 15,\d\d\d tokens of another tenant was computed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crowd]:
     file = ("--keys-file", str(folder / "keys.sqlite3"))
     keys = {who: new_key(who, *file, *(("--admin",) if who == "ops" else ())) for who in ("alice", "bob", "ops")}
     flags = ["--port", "0", "--state-dir", str(folder / "state"), "--embedding-model", "none", "--dtype", "fp32", *file]
-    flags += ["--kv-memory", "64MiB", "--token-budget", "64"]
+    flags += ["--kv-memory", "64MiB", "--token-budget", "32"]
     process = subprocess.Popen(
         [*HEADRACE, "serve", str(model), *flags], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

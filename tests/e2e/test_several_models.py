@@ -104,7 +104,7 @@ def test_three_models_in_turn_where_two_fit(server: Server, caplog: pytest.LogCa
     assert all(second > first == 0 for first, second in hits.values()), hits
     told = [record.getMessage() for record in caplog.records]
     swaps = [float(found[1]) for line in told if (found := re.search(r"ready after ([0-9.]+) s", line))]
-    assert len(swaps) >= 4 and all(0 < swap < 60 for swap in swaps), told
+    assert len(swaps) >= 4 and all(0 <= swap < 60 for swap in swaps), told  # a tiny one takes 0.00 s
     assert len(waited[True]) == len(swaps) and min(waited[True]) > max(waited[False], default=0), waited
 
 

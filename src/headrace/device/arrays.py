@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 BF16 = np.dtype("<u2")
 _ALIGNED = 64  # bytes: a cache line, and the widest vector
-_LARGE_PAGE, _ARENA = 2 << 20, 64 << 20  # bytes
+_LARGE_PAGE, _FIRST, _ARENA = 2 << 20, 4 << 20, 64 << 20  # bytes
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
@@ -27,7 +27,7 @@ def floats(array: np.ndarray) -> np.ndarray:
 
 class Arena:
     """Memory for arrays that stay, one behind the other, in large pages where the kernel gives them: whoever reads all
-    of it in every step looks up fewer addresses."""
+    of it in every step looks up fewer addresses. The first megabytes lie in ordinary ones, so a tiny model is tiny."""
 
     __slots__ = ("_used", "_whole")
 
@@ -38,9 +38,10 @@ class Arena:
     def empty(self, count: int) -> np.ndarray:
         """uint8 [count] at the start of a cache line. What is never written takes no memory."""
         if self._used + count > len(self._whole):
-            size = max(-(-count // _LARGE_PAGE) * _LARGE_PAGE, _ARENA)
+            first = not len(self._whole)
+            size = max(-(-count // _LARGE_PAGE) * _LARGE_PAGE, _FIRST if first else _ARENA)
             pages = mmap.mmap(-1, size + _LARGE_PAGE, **_PRIVATE)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
+            if size > _FIRST and hasattr(mmap, "MADV_HUGEPAGE"):
                 with suppress(OSError):  # a kernel without them
                     pages.madvise(mmap.MADV_HUGEPAGE)
             whole = np.frombuffer(pages, np.uint8)
